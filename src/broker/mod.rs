@@ -1,0 +1,4 @@
+//! RabbitMQ: the only folder that names AMQP types.
+
+pub mod guard;
+pub mod publisher;

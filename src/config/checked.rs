@@ -1,0 +1,234 @@
+//! What is safe to run: every value present, in range and of its own type.
+//! Made only by [`super::load`]; nothing in the rest of the house reads
+//! what the user typed.
+
+use std::fmt;
+use std::time::Duration;
+
+/// A string that never shows in logs, errors or `Debug` output.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Hides `value`.
+    #[must_use]
+    pub fn new(value: String) -> Self {
+        Self(value)
+    }
+
+    /// The hidden value. The caller must not print it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// The whole configuration of one daemon.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `[broker]`
+    pub broker: Broker,
+    /// `[redis]`; `None` when `enabled = false`: the ledger alone decides.
+    pub redis: Option<Redis>,
+    /// `[postgres]`
+    pub postgres: Postgres,
+    /// `[daemon]`
+    pub daemon: Daemon,
+    /// `[[consumer]]`, at least one, names unique.
+    pub consumers: Vec<Consumer>,
+}
+
+/// `[broker]`: the RabbitMQ server.
+#[derive(Debug, Clone)]
+pub struct Broker {
+    /// `amqp://` or `amqps://` URL.
+    pub url: Secret,
+    /// PEM file with the certificate authorities to trust instead of the
+    /// system's (`amqps` only).
+    pub ca_file: Option<std::path::PathBuf>,
+    /// Interval between heartbeats, 5 s to 15 s, whole seconds.
+    pub heartbeat: Duration,
+    /// Longest wait for resolving, connecting, TLS and login together.
+    pub connect_timeout: Duration,
+}
+
+/// `[redis]`: the server that holds the claims.
+#[derive(Debug, Clone)]
+pub struct Redis {
+    /// `redis://` or `rediss://` URL.
+    pub url: Secret,
+    /// First part of every key.
+    pub key_prefix: String,
+    /// Longest wait for a connection.
+    pub connect_timeout: Duration,
+    /// Longest wait for the reply to one pipeline.
+    pub timeout: Duration,
+}
+
+/// `[postgres]`: the database that holds ledger and effects.
+#[derive(Debug, Clone)]
+pub struct Postgres {
+    /// `postgres://` URL.
+    pub url: Secret,
+    /// Longest wait for a connection.
+    pub connect_timeout: Duration,
+    /// `statement_timeout` of the daemon's sessions.
+    pub statement_timeout: Duration,
+    /// `lock_timeout` of the daemon's sessions.
+    pub lock_timeout: Duration,
+    /// `idle_in_transaction_session_timeout` of the daemon's sessions.
+    pub idle_in_transaction_timeout: Duration,
+    /// Let `run` apply migrations; otherwise it refuses an old schema.
+    pub auto_migrate: bool,
+}
+
+/// `[daemon]`: the process.
+#[derive(Debug, Clone)]
+pub struct Daemon {
+    /// How long a stop waits for what is in flight.
+    pub shutdown_timeout: Duration,
+    /// First wait before a server that failed is tried again.
+    pub reconnect_min: Duration,
+    /// Longest wait before a server that failed is tried again.
+    pub reconnect_max: Duration,
+}
+
+/// `[[consumer]]`: one queue and what is done with its messages.
+#[derive(Debug, Clone)]
+pub struct Consumer {
+    /// Names the consumer in ledger, claims, logs: 1 to 64 characters of
+    /// `a-z A-Z 0-9 . _ -`.
+    pub name: String,
+    /// Worker threads, 1 to 256.
+    pub workers: usize,
+    /// Unacknowledged deliveries the broker may hand over, 1 to 65,535; at
+    /// least `batch_max`.
+    pub prefetch: u16,
+    /// Most messages in one transaction, 1 to 4,096.
+    pub batch_max: usize,
+    /// Longest body, in bytes; longer ones are dead-lettered as `too-large`.
+    pub max_body: usize,
+    /// Where the message id is found.
+    pub identity: Identity,
+    /// Look a Redis `done` mark up in the ledger all the same.
+    pub confirm_duplicates: bool,
+    /// `[consumer.claim]`
+    pub claim: Claim,
+    /// `[consumer.topology]`
+    pub topology: Topology,
+    /// `[consumer.handler]`
+    pub handler: Handler,
+}
+
+/// Where a consumer finds a message's id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Identity {
+    /// `message-id`: the AMQP property.
+    MessageId,
+    /// `header:NAME`: a header whose value is a string or an integer.
+    Header(String),
+    /// `json:/POINTER`: RFC 6901 pointer to a string or integer in the body.
+    Json(String),
+    /// `body`: SHA-256 of the body, in hex.
+    Body,
+}
+
+/// `[consumer.claim]`: the lease on a message id.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// How long a claim holds without renewal.
+    pub lease: Duration,
+    /// How often a claim in use is renewed; at most half the lease.
+    pub renew_every: Duration,
+    /// How long Redis remembers that a message is applied.
+    pub done_ttl: Duration,
+    /// How soon a message whose id is claimed elsewhere is looked at again.
+    pub recheck_every: Duration,
+}
+
+/// `[consumer.topology]`: what exists on the broker, or is made to.
+#[derive(Debug, Clone)]
+pub struct Topology {
+    /// Work queue.
+    pub queue: String,
+    /// Queue type of work and dead-letter queue.
+    pub queue_type: QueueType,
+    /// `x-delivery-limit` of a quorum work queue: the broker dead-letters a
+    /// message that came back more often. `None`: the broker's own default.
+    pub delivery_limit: Option<u32>,
+    /// Fanout exchange the work queue dead-letters to.
+    pub dead_letter_exchange: String,
+    /// Queue bound to it.
+    pub dead_letter_queue: String,
+    /// What feeds the work queue beside the default exchange.
+    pub bindings: Vec<Binding>,
+}
+
+/// RabbitMQ queue types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueueType {
+    /// Replicated, with at-least-once dead-lettering: the default.
+    Quorum,
+    /// One node, at-most-once dead-lettering: a dead letter can be lost when
+    /// the broker stops at the wrong moment.
+    Classic,
+}
+
+/// One `[[consumer.topology.binding]]`.
+#[derive(Debug, Clone)]
+pub struct Binding {
+    /// Exchange, declared durable.
+    pub exchange: String,
+    /// `direct`, `fanout`, `topic` or `headers`.
+    pub exchange_type: ExchangeType,
+    /// Routing or binding key.
+    pub routing_key: String,
+    /// Binding arguments (for `headers` exchanges): strings, integers, booleans.
+    pub arguments: Vec<(String, BindingArgument)>,
+}
+
+/// AMQP exchange types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExchangeType {
+    /// Routing key equal to the binding's.
+    Direct,
+    /// Every bound queue.
+    Fanout,
+    /// Routing key matched against a pattern of words.
+    Topic,
+    /// Headers matched against the binding's arguments.
+    Headers,
+}
+
+/// Value of a binding argument.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BindingArgument {
+    /// Text.
+    Text(String),
+    /// Integer.
+    Integer(i64),
+    /// Boolean.
+    Boolean(bool),
+}
+
+/// `[consumer.handler]`: what applies a message.
+#[derive(Debug, Clone)]
+pub enum Handler {
+    /// `type = "sql"`: statements run in the ledger's transaction.
+    Sql(SqlHandler),
+}
+
+/// `[consumer.handler]` with `type = "sql"`.
+#[derive(Debug, Clone)]
+pub struct SqlHandler {
+    /// The statements, from `file` or `sql`.
+    pub text: String,
+    /// Where they came from, for error messages: a path or `inline`.
+    pub origin: String,
+}

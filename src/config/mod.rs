@@ -1,0 +1,5 @@
+//! Configuration: what was typed, turned once into what is safe to run.
+
+pub mod checked;
+
+pub use checked::Config;

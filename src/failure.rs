@@ -1,0 +1,111 @@
+//! What kind of failure an error is: pure tables, no I/O.
+//!
+//! DESIGN rule 10: what is wrong with the world is not the message's fault.
+
+use std::fmt;
+
+/// What a failure asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// This message may succeed if it is tried again.
+    Transient,
+    /// This message will never succeed: dead-letter it.
+    Permanent,
+    /// The world is broken, not the message: wait until it is mended.
+    Systemic,
+}
+
+impl Class {
+    /// The name in journal, logs and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Transient => "transient",
+            Self::Permanent => "permanent",
+            Self::Systemic => "systemic",
+        }
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Why an attempt failed: its class, the database's, receiver's or program's
+/// own code for it, and a text for humans.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// What it asks for.
+    pub class: Class,
+    /// SQLSTATE, HTTP status or exit status, where there is one.
+    pub code: Option<String>,
+    /// For humans; never the message's body.
+    pub text: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.code {
+            Some(code) => write!(f, "{} ({code}, {})", self.text, self.class),
+            None => write!(f, "{} ({})", self.text, self.class),
+        }
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// The class of a PostgreSQL error, by its five-character SQLSTATE.
+///
+/// Codes that are not in the table are permanent: the statement ran and the
+/// database said no to this message.
+#[must_use]
+pub fn class_of_sqlstate(code: &str) -> Class {
+    match code {
+        // serialization_failure, deadlock_detected, lock_not_available,
+        // query_canceled (statement_timeout)
+        "40001" | "40P01" | "55P03" | "57014" => Class::Transient,
+        // read_only_sql_transaction: a standby after a failover
+        "25006" => Class::Systemic,
+        // idle_in_transaction_session_timeout, transaction_timeout
+        "25P03" | "25P04" => Class::Transient,
+        _ => match code.get(..2) {
+            // connection exception, invalid authorization, invalid catalog,
+            // syntax error or missing table or right, insufficient resources,
+            // operator intervention, system error, internal error
+            Some("08" | "28" | "3D" | "42" | "53" | "57" | "58" | "XX") => Class::Systemic,
+            _ => Class::Permanent,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worlds_faults_are_systemic_and_the_messages_own_are_permanent() {
+        for (code, class) in [
+            ("40001", Class::Transient),
+            ("40P01", Class::Transient),
+            ("55P03", Class::Transient),
+            ("57014", Class::Transient),
+            ("25006", Class::Systemic),
+            ("08006", Class::Systemic),
+            ("28P01", Class::Systemic),
+            ("3D000", Class::Systemic),
+            ("42P01", Class::Systemic),
+            ("53100", Class::Systemic),
+            ("57P01", Class::Systemic),
+            ("58030", Class::Systemic),
+            ("XX000", Class::Systemic),
+            ("22P02", Class::Permanent),
+            ("23505", Class::Permanent),
+            ("P0001", Class::Permanent),
+            ("", Class::Permanent),
+        ] {
+            assert_eq!(class_of_sqlstate(code), class, "SQLSTATE {code:?}");
+        }
+    }
+}

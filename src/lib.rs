@@ -1,0 +1,6 @@
+//! ackonce: an idempotent consumer worker for RabbitMQ.
+
+pub mod broker;
+pub mod config;
+pub mod failure;
+pub mod message;

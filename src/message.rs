@@ -1,0 +1,156 @@
+//! Plain data that flows through the house: a message, its key, and what
+//! becomes of it. No behaviour beyond construction and comparison, no I/O.
+
+use std::fmt;
+use std::time::SystemTime;
+
+/// Longest usable message id, in bytes. AMQP short strings end there, and the
+/// ledger's index is sized for it.
+pub const MESSAGE_ID_MAX_BYTES: usize = 255;
+
+/// A usable idempotency key of one message: 1 to 255 bytes of UTF-8 without
+/// NUL. Made only by [`crate::identity`]; unique per consumer.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MessageId(Box<str>);
+
+impl MessageId {
+    /// Accepts `text` if it can be a key: not empty, at most
+    /// [`MESSAGE_ID_MAX_BYTES`], no NUL byte (PostgreSQL text cannot hold one).
+    #[must_use]
+    pub fn new(text: &str) -> Option<Self> {
+        let usable = !text.is_empty() && text.len() <= MESSAGE_ID_MAX_BYTES && !text.contains('\0');
+        usable.then(|| Self(text.into()))
+    }
+
+    /// The id as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// SHA-256 of a message's body: what tells a duplicate from another message
+/// that carries the same id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub [u8; 32]);
+
+/// Which connection a delivery came over. A delivery tag means nothing without
+/// it: after a reconnect the same tag is another message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Epoch(pub u64);
+
+/// What the broker wants back for one delivery. Not `Clone`: one delivery is
+/// settled once.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Ticket {
+    /// The connection the delivery came over.
+    pub epoch: Epoch,
+    /// The delivery tag, unique within the epoch.
+    pub tag: u64,
+}
+
+/// What the broker is told about a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Settlement {
+    /// The message is known to be applied: remove it from the queue.
+    Ack,
+    /// Dead-letter it: the reason is in the failure journal.
+    Reject,
+    /// Give it back to the queue: this worker did not apply it.
+    Requeue,
+}
+
+/// A settled delivery on its way to the broker thread.
+#[must_use = "a settlement that is dropped leaves its message unacknowledged"]
+#[derive(Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// Which delivery.
+    pub ticket: Ticket,
+    /// What the broker is told.
+    pub settlement: Settlement,
+}
+
+/// Why a message came to rest in the dead-letter queue. The `Display` form is
+/// what the journal, the logs and the metrics show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeadReason {
+    /// The handler or the database refused it for good.
+    Rejected,
+    /// No usable message id where the consumer's `identity` looks for it.
+    MissingId,
+    /// An applied message has the same id and another body.
+    IdConflict,
+    /// The body is longer than the consumer's `max_body`.
+    TooLarge,
+    /// The guard had to repair the very bytes its identity stands in.
+    BadHeader,
+}
+
+impl DeadReason {
+    /// The name in journal, logs and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Rejected => "rejected",
+            Self::MissingId => "missing-id",
+            Self::IdConflict => "id-conflict",
+            Self::TooLarge => "too-large",
+            Self::BadHeader => "bad-header",
+        }
+    }
+}
+
+impl fmt::Display for DeadReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Which parts of a delivery the broker's guard had to repair before the AMQP
+/// library could read them. All false for nearly every message there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Repairs {
+    /// The `message_id` property.
+    pub message_id: bool,
+    /// Somewhere in the header table.
+    pub headers: bool,
+    /// Any other short string: routing key, exchange, content type, ….
+    pub other: bool,
+}
+
+/// One message as the broker delivered it, free of AMQP types.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Message {
+    /// Exchange it was published to; empty for the default exchange.
+    pub exchange: String,
+    /// Routing key it was published with.
+    pub routing_key: String,
+    /// True when it was handed over before and never settled.
+    pub redelivered: bool,
+    /// The body, as published.
+    pub body: Vec<u8>,
+    /// The `message_id` property.
+    pub message_id: Option<String>,
+    /// The `timestamp` property, which AMQP counts in whole seconds.
+    pub published_at: Option<SystemTime>,
+    /// The header table as JSON. Byte arrays become `\x`-prefixed hex, times
+    /// become seconds, NUL characters become U+FFFD.
+    pub headers: serde_json::Map<String, serde_json::Value>,
+    /// What the guard had to repair.
+    pub repairs: Repairs,
+}
+
+/// A message with the ticket that settles it.
+#[derive(Debug)]
+pub struct Delivery {
+    /// What was delivered.
+    pub message: Message,
+    /// What settles it.
+    pub ticket: Ticket,
+}
