@@ -3,4 +3,5 @@
 pub mod broker;
 pub mod config;
 pub mod failure;
+pub mod lifecycle;
 pub mod message;

@@ -1,0 +1,308 @@
+//! The protocol of one delivery, as a pure function: `(state, event)` to
+//! `(state, actions)`. The pipeline does what the actions say and reports back
+//! what happened; it settles nothing that this file did not tell it to settle.
+//! `tests/model.rs` walks every interleaving of it.
+//!
+//! ```text
+//!  Received ──► Claiming ──► Recording ──► Recorded ──► Applied ──► Settled(Ack)
+//!     │  │       │  ▲  │       │  ▲  ▲         │           │
+//!     │  │       ▼  │  │       │  │  └─────────┴───────────┘ rolled back, or
+//!     │  │      Parked │       │  │                          commit reply lost
+//!     │  └► Joined ──► │       ▼  │
+//!     │         │      └──► Settled(Ack): found in the ledger, or marked done
+//!     ▼         ▼
+//!  Journaling(reason) ──► Settled(Reject)        Settled(Requeue): on a stop
+//! ```
+//!
+//! Batches, leases, splitting and waiting are the pipeline's: they choose which
+//! event comes next, never what it means.
+
+use crate::failure::Class;
+use crate::message::{DeadReason, Epoch, Settlement, Ticket};
+
+/// Where a delivery stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Handed over by the broker; nothing known yet.
+    Received,
+    /// Another delivery of the same id is being worked on in this process.
+    Joined,
+    /// Redis is asked whether the id is free, held or done.
+    Claiming,
+    /// The id is held by somebody else: to be looked at again.
+    Parked,
+    /// The ledger is asked: no open transaction holds this delivery's row.
+    Recording,
+    /// Its row stands in the ledger, in our open transaction.
+    Recorded,
+    /// Its effect stands beside the row, in the same open transaction.
+    Applied,
+    /// It is to be dead-lettered as soon as the reason is in the journal.
+    Journaling(DeadReason),
+    /// The broker has been told; nothing may happen any more.
+    Settled(Settlement),
+}
+
+/// How a body compares with the one that the ledger, or the worker of the
+/// same id, has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Body {
+    /// Same fingerprint: a duplicate.
+    Same,
+    /// Another fingerprint: another message under the same id.
+    Other,
+}
+
+/// What happened to a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Its id is usable and nobody else in this process works on it.
+    Identified,
+    /// Its id is being worked on in this process.
+    Collided,
+    /// It cannot be worked on at all.
+    Unusable(DeadReason),
+    /// The claim is ours.
+    ClaimWon,
+    /// The claim belongs to somebody else.
+    ClaimHeld,
+    /// Redis did not answer, is switched off, or is not to be trusted alone.
+    ClaimUnavailable,
+    /// Redis carries this ledger's mark that the id is applied.
+    MarkedDone(Body),
+    /// A parked delivery is due.
+    LookAgain,
+    /// The delivery it joined was found applied, or is applied and committed.
+    OwnerApplied(Body),
+    /// The delivery it joined came to another end.
+    OwnerGaveUp,
+    /// Its ledger row is new, in our open transaction.
+    Inserted,
+    /// The ledger has a committed row for its id.
+    Found(Body),
+    /// The handler succeeded.
+    Succeeded,
+    /// The attempt failed, with this delivery alone in the transaction.
+    Failed(Class),
+    /// The attempt failed for somebody in the batch; who, is not known yet.
+    BatchFailed,
+    /// COMMIT returned.
+    Committed,
+    /// COMMIT was sent and its reply never came.
+    CommitUnknown,
+    /// No attempt is left.
+    Exhausted,
+    /// The reason stands in the failure journal.
+    Journaled,
+    /// The reason could not be written.
+    JournalFailed,
+    /// The daemon stops, or the delivery's connection is gone.
+    Stopping,
+}
+
+/// What is to be done next, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Ask Redis for the claim.
+    Claim,
+    /// Put aside and look again later.
+    Park,
+    /// Insert into the ledger, in a transaction.
+    Record,
+    /// Run the handler, in that transaction.
+    Apply,
+    /// Commit that transaction.
+    Commit,
+    /// Roll that transaction back.
+    Rollback,
+    /// Write the reason into the failure journal.
+    Journal(DeadReason),
+    /// Tell Redis that the id is applied.
+    MarkDone,
+    /// Give the claim back, if it is still ours.
+    Release,
+    /// Tell the broker.
+    Settle(Settlement),
+}
+
+/// An event that cannot happen in a state: a defect of the pipeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("illegal transition: {event:?} in state {state:?}")]
+pub struct Illegal {
+    /// Where the delivery stood.
+    pub state: State,
+    /// What was reported.
+    pub event: Event,
+}
+
+/// The next state, and what is to be done.
+pub type Step = (State, &'static [Action]);
+
+/// The protocol.
+///
+/// # Errors
+///
+/// [`Illegal`] when `event` cannot happen in `state`.
+pub fn step(state: State, event: Event) -> Result<Step, Illegal> {
+    match state {
+        State::Received => received(event),
+        State::Joined => joined(event),
+        State::Claiming => claiming(event),
+        State::Parked => parked(event),
+        State::Recording => recording(event),
+        State::Recorded => recorded(event),
+        State::Applied => applied(event),
+        State::Journaling(reason) => journaling(reason, event),
+        State::Settled(_) => None,
+    }
+    .ok_or(Illegal { state, event })
+}
+
+/// Whether a settlement may be sent on the connection of `epoch`. After a
+/// reconnect the same tag is another message, which a stale ack would delete.
+#[must_use]
+pub fn admits(epoch: Epoch, ticket: &Ticket) -> bool {
+    ticket.epoch == epoch
+}
+
+fn received(event: Event) -> Option<Step> {
+    match event {
+        Event::Identified => Some((State::Claiming, &[Action::Claim])),
+        Event::Collided => Some((State::Joined, &[])),
+        Event::Unusable(reason) => Some(dead(reason)),
+        Event::Stopping => Some((
+            State::Settled(Settlement::Requeue),
+            &[Action::Settle(Settlement::Requeue)],
+        )),
+        _ => None,
+    }
+}
+
+fn joined(event: Event) -> Option<Step> {
+    match event {
+        Event::OwnerApplied(Body::Same) => Some((
+            State::Settled(Settlement::Ack),
+            &[Action::Settle(Settlement::Ack)],
+        )),
+        Event::OwnerApplied(Body::Other) => Some(dead(DeadReason::IdConflict)),
+        Event::OwnerGaveUp => Some((State::Claiming, &[Action::Claim])),
+        Event::Stopping => Some((
+            State::Settled(Settlement::Requeue),
+            &[Action::Settle(Settlement::Requeue)],
+        )),
+        _ => None,
+    }
+}
+
+fn claiming(event: Event) -> Option<Step> {
+    match event {
+        Event::ClaimWon | Event::ClaimUnavailable => Some((State::Recording, &[Action::Record])),
+        Event::ClaimHeld => Some((State::Parked, &[Action::Park])),
+        Event::MarkedDone(Body::Same) => Some((
+            State::Settled(Settlement::Ack),
+            &[Action::Settle(Settlement::Ack)],
+        )),
+        Event::MarkedDone(Body::Other) => Some(dead(DeadReason::IdConflict)),
+        _ => None,
+    }
+}
+
+fn parked(event: Event) -> Option<Step> {
+    match event {
+        Event::LookAgain => Some((State::Claiming, &[Action::Claim])),
+        // Only a committed row is looked for here: the claim is not ours, so
+        // there is nothing to give back.
+        Event::Found(Body::Same) => Some((
+            State::Settled(Settlement::Ack),
+            &[Action::Settle(Settlement::Ack)],
+        )),
+        Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
+        Event::Stopping => Some((
+            State::Settled(Settlement::Requeue),
+            &[Action::Settle(Settlement::Requeue)],
+        )),
+        _ => None,
+    }
+}
+
+fn recording(event: Event) -> Option<Step> {
+    match event {
+        Event::Inserted => Some((State::Recorded, &[Action::Apply])),
+        Event::Found(Body::Same) => Some((
+            State::Settled(Settlement::Ack),
+            &[Action::MarkDone, Action::Settle(Settlement::Ack)],
+        )),
+        Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
+        Event::Failed(Class::Permanent) => Some(refused()),
+        Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
+        Event::Exhausted => Some(dead(DeadReason::Rejected)),
+        Event::Stopping => Some((
+            State::Settled(Settlement::Requeue),
+            &[Action::Release, Action::Settle(Settlement::Requeue)],
+        )),
+        _ => None,
+    }
+}
+
+fn recorded(event: Event) -> Option<Step> {
+    match event {
+        Event::Succeeded => Some((State::Applied, &[Action::Commit])),
+        Event::Failed(Class::Permanent) => Some(refused()),
+        Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
+        _ => None,
+    }
+}
+
+fn applied(event: Event) -> Option<Step> {
+    match event {
+        // The mark and the ack follow the reply to COMMIT. Were either sent
+        // earlier, a crash in between would lose the message.
+        Event::Committed => Some((
+            State::Settled(Settlement::Ack),
+            &[Action::MarkDone, Action::Settle(Settlement::Ack)],
+        )),
+        // Not guessed: the insert is tried again, waits for the old
+        // transaction if that is still open, and finds the row or does not.
+        Event::CommitUnknown => Some((State::Recording, &[Action::Record])),
+        Event::Failed(Class::Permanent) => Some(refused()),
+        Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
+        _ => None,
+    }
+}
+
+fn journaling(reason: DeadReason, event: Event) -> Option<Step> {
+    match event {
+        Event::Journaled => Some((
+            State::Settled(Settlement::Reject),
+            &[Action::Release, Action::Settle(Settlement::Reject)],
+        )),
+        Event::JournalFailed => Some(dead(reason)),
+        Event::Stopping => Some((
+            State::Settled(Settlement::Requeue),
+            &[Action::Release, Action::Settle(Settlement::Requeue)],
+        )),
+        _ => None,
+    }
+}
+
+fn again() -> Step {
+    (State::Recording, &[Action::Rollback, Action::Record])
+}
+
+fn refused() -> Step {
+    (
+        State::Journaling(DeadReason::Rejected),
+        &[Action::Rollback, Action::Journal(DeadReason::Rejected)],
+    )
+}
+
+fn dead(reason: DeadReason) -> Step {
+    let actions: &'static [Action] = match reason {
+        DeadReason::Rejected => &[Action::Journal(DeadReason::Rejected)],
+        DeadReason::MissingId => &[Action::Journal(DeadReason::MissingId)],
+        DeadReason::IdConflict => &[Action::Journal(DeadReason::IdConflict)],
+        DeadReason::TooLarge => &[Action::Journal(DeadReason::TooLarge)],
+        DeadReason::BadHeader => &[Action::Journal(DeadReason::BadHeader)],
+    };
+    (State::Journaling(reason), actions)
+}
