@@ -22,7 +22,7 @@ python_with_pika() {
 }
 
 # missing_packages PURPOSE...: the Debian packages still to be installed, one
-# a line. A purpose is servers, build or tests.
+# a line. A purpose is servers, build, tests or chroot.
 missing_packages() {
     local purpose
     for purpose in "$@"; do
@@ -41,6 +41,9 @@ missing_packages() {
             tests)
                 python_with_pika >/dev/null || echo python3-pika
                 have shellcheck || echo shellcheck
+                ;;
+            chroot)
+                have debootstrap || echo debootstrap
                 ;;
         esac
     done

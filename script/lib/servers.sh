@@ -87,6 +87,26 @@ home_of() {
     printf '%s\n' "$home"
 }
 
+# leftovers HOME: processes that work in a server's private folder: children
+# that outlive it for a moment when it is killed.
+leftovers() {
+    local cwd
+    for cwd in /proc/[0-9]*/cwd; do
+        case $(readlink "$cwd" 2>/dev/null) in
+            "$1" | "$1"/*) cwd=${cwd#/proc/} && echo "${cwd%/cwd}" ;;
+        esac
+    done
+}
+
+# await_quiet HOME: waits until nothing works in it any more.
+await_quiet() {
+    local pids deadline=$((SECONDS + 20))
+    while pids=$(leftovers "$1") && [[ -n $pids ]]; do
+        ((SECONDS < deadline)) || die "processes ${pids//$'\n'/, } still work in $1"
+        sleep 0.05
+    done
+}
+
 # redis_program server|cli: Redis, or Valkey where that took its place.
 redis_program() {
     first_of "redis-$1" "valkey-$1"
@@ -149,6 +169,10 @@ start_postgres() {
             fail_with_log postgres
         touch "$home/initialised"
     fi
+    # A server that was killed leaves its locks behind, with a pid that may be a
+    # zombie's or another's. Its children are what must not be there any more.
+    await_quiet "$home/data"
+    rm -f "$home/data/postmaster.pid" "$home"/.s.PGSQL.*
     cat >"$home/data/postgresql.auto.conf" <<END
 listen_addresses = '127.0.0.1'
 port = $port
@@ -219,6 +243,8 @@ max_message_size = 134217728
 log.console = false
 log.file = log
 END
+    # By default it reads /proc, which a chroot need not have.
+    [[ -z $rabbitmq_root ]] || echo 'vm_memory_calculation_strategy = allocated' >>"$home/rabbitmq.conf"
     # `env -i`: nothing that this shell happens to hold, a RABBITMQ_ variable
     # least of all, changes the node. `detached` makes the script become the
     # server rather than wait for it as its parent.
