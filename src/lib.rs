@@ -1,7 +1,21 @@
 //! ackonce: an idempotent consumer worker for RabbitMQ.
-
+pub mod backoff;
 pub mod broker;
+pub mod claim;
+pub mod cli;
 pub mod config;
+pub mod daemon;
+pub mod failpoint;
 pub mod failure;
+pub mod flights;
+pub mod handler;
+pub mod identity;
+pub mod inspect;
+pub mod ledger;
 pub mod lifecycle;
 pub mod message;
+pub mod observe;
+pub mod pipeline;
+pub mod pool;
+pub mod postgres;
+pub mod stop;

@@ -1,0 +1,15 @@
+//! The log: lines on standard error, each with its fields as `key=value`.
+
+use log::LevelFilter;
+
+/// Starts the log. `RUST_LOG` sets its level (`info` unless told otherwise),
+/// except that amiquip stays at `warn`: below it, it logs the password.
+pub fn start() {
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(LevelFilter::Info);
+    builder.filter_module("sqlx", LevelFilter::Warn);
+    builder.parse_default_env();
+    builder.filter_module("amiquip", LevelFilter::Warn);
+    // A second logger in the process is the caller's choice, not an error.
+    builder.try_init().ok();
+}
