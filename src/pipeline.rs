@@ -6,6 +6,9 @@
 //! optimisation: one that fails is rolled back and halved until the message at
 //! fault stands alone.
 
+mod item;
+mod verdict;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,12 +22,15 @@ use crate::failpoint::{self, Step};
 use crate::failure::{Class, Failure};
 use crate::flights::Flights;
 use crate::handler::{Handler, Work};
-use crate::identity;
-use crate::ledger::{CommitError, JournalEntry, Ledger, Record};
-use crate::lifecycle::{self, Action, Body, Event, State};
-use crate::message::{DeadReason, Delivery, Fingerprint, MessageId, Settled, Settlement};
+use crate::ledger::{CommitError, Ledger, Record};
+use crate::lifecycle::Event;
+use crate::message::{Delivery, Fingerprint, MessageId, Settled};
 use crate::postgres::Error;
 use crate::stop::Stop;
+
+pub use item::Item;
+use item::usable_id;
+use verdict::Verdict;
 
 /// Most body bytes in one transaction; a single larger message stands alone.
 const BATCH_BYTES_MAX: usize = 16 << 20;
@@ -32,65 +38,6 @@ const BATCH_BYTES_MAX: usize = 16 << 20;
 /// Tries of the handler for one message whose failure may pass: with the
 /// waits between them about two seconds for one that fails at once.
 const ATTEMPTS_MAX: u32 = 5;
-
-/// One delivery on its way.
-#[derive(Debug)]
-pub struct Item {
-    delivery: Delivery,
-    /// `None` when it has no usable id.
-    id: Option<MessageId>,
-    fingerprint: Fingerprint,
-    state: State,
-    attempt: u32,
-    token: Option<Token>,
-    failure: Option<Failure>,
-}
-
-impl Item {
-    fn new(delivery: Delivery) -> Self {
-        Self {
-            fingerprint: identity::fingerprint(&delivery.message.body),
-            delivery,
-            id: None,
-            state: State::Received,
-            attempt: 1,
-            token: None,
-            failure: None,
-        }
-    }
-
-    /// Moves on, and says what is to be done. A defect of this file, an event
-    /// that cannot happen, gives the delivery back: it is never acked.
-    fn on(&mut self, event: Event) -> &'static [Action] {
-        match lifecycle::step(self.state, event) {
-            Ok((state, actions)) => {
-                self.state = state;
-                actions
-            }
-            Err(illegal) => {
-                log::error!("gave a delivery back: {illegal}");
-                self.state = State::Settled(Settlement::Requeue);
-                &[Action::Release, Action::Settle(Settlement::Requeue)]
-            }
-        }
-    }
-
-    fn compare(&self, fingerprint: Fingerprint) -> Body {
-        if self.fingerprint == fingerprint {
-            Body::Same
-        } else {
-            Body::Other
-        }
-    }
-
-    fn failure(&self) -> Failure {
-        self.failure.clone().unwrap_or(Failure {
-            class: Class::Permanent,
-            code: None,
-            text: "another message with this id and another body is in the ledger".to_owned(),
-        })
-    }
-}
 
 /// What a worker shares with the rest of its consumer.
 #[derive(Clone)]
@@ -123,14 +70,6 @@ pub struct Worker {
     vanished: Vec<Item>,
     /// What the current batch has decided and not yet told.
     verdict: Verdict,
-}
-
-#[derive(Default)]
-struct Verdict {
-    done: Vec<(MessageId, Fingerprint)>,
-    released: Vec<(Token, MessageId)>,
-    settled: Vec<Settled>,
-    dead: Vec<Item>,
 }
 
 /// How one try of a batch in one transaction ended.
@@ -234,6 +173,7 @@ impl Worker {
                         joining.on(Event::Collided);
                     });
                     if let Some(mut item) = entered {
+                        item.owner = true;
                         item.on(Event::Identified);
                         fresh.push(item);
                     }
@@ -491,189 +431,4 @@ impl Worker {
         }
         stopping
     }
-
-    /// Moves an item on and keeps what that decided.
-    fn advance(&mut self, mut item: Item, event: Event) {
-        for action in item.on(event) {
-            match action {
-                Action::MarkDone => self
-                    .verdict
-                    .done
-                    .extend(item.id.clone().map(|id| (id, item.fingerprint))),
-                Action::Release => {
-                    if let (Some(token), Some(id)) = (&item.token, &item.id) {
-                        self.verdict.released.push((token.clone(), id.clone()));
-                    }
-                }
-                // Done by the step that reads the new state, for a whole batch.
-                Action::Claim
-                | Action::Park
-                | Action::Record
-                | Action::Apply
-                | Action::Commit
-                | Action::Rollback
-                | Action::Journal(_)
-                | Action::Settle(_) => {}
-            }
-        }
-        match item.state {
-            State::Settled(settlement) => self.settle(item, settlement),
-            State::Journaling(_) => self.verdict.dead.push(item),
-            State::Parked => {
-                let at = Instant::now() + self.shared.consumer.claim.recheck_every;
-                self.parked.push((at, item));
-            }
-            State::Claiming => self.heirs.push_back(item),
-            State::Received
-            | State::Joined
-            | State::Recording
-            | State::Recorded
-            | State::Applied => {
-                log::error!("gave a delivery back that stood in {:?}", item.state);
-                self.settle(item, Settlement::Requeue);
-            }
-        }
-    }
-
-    /// Keeps a settlement, and passes the outcome on to what had joined.
-    fn settle(&mut self, item: Item, settlement: Settlement) {
-        self.verdict.settled.push(Settled {
-            ticket: item.delivery.ticket,
-            settlement,
-        });
-        let Some(id) = item.id else { return };
-        if settlement == Settlement::Ack {
-            for joined in self.shared.flights.leave(&id) {
-                let body = joined.compare(item.fingerprint);
-                self.advance(joined, Event::OwnerApplied(body));
-            }
-        } else if let Some(heir) = self.shared.flights.hand_over(&id) {
-            let event = match self.shared.stop.is_set() {
-                true => Event::Stopping,
-                false => Event::OwnerGaveUp,
-            };
-            self.advance(heir, event);
-        }
-    }
-
-    /// 7 and 8. Tells Redis, the journal and the broker, in that order: what
-    ///    the broker has been told cannot be done again.
-    fn tell(&mut self) {
-        loop {
-            let verdict = std::mem::take(&mut self.verdict);
-            if let Some(claims) = &mut self.claims {
-                let done: Vec<_> = verdict
-                    .done
-                    .iter()
-                    .map(|(id, print)| (id, *print))
-                    .collect();
-                claims.mark_done(&done);
-                for same in verdict.released.chunk_by(|a, b| a.0 == b.0) {
-                    let ids: Vec<&MessageId> = same.iter().map(|(_, id)| id).collect();
-                    claims.release(&same[0].0, &ids);
-                }
-            }
-            failpoint::hit(Step::Marked);
-            for settled in verdict.settled {
-                if self.shared.outbox.send(settled).is_err() {
-                    log::debug!("nobody is left to settle: the broker gives the message out again");
-                }
-            }
-            if verdict.dead.is_empty() {
-                return;
-            }
-            self.bury(verdict.dead);
-        }
-    }
-
-    /// Writes the reasons of dead letters, then has them rejected.
-    fn bury(&mut self, dead: Vec<Item>) {
-        let mut tries = 0;
-        let event = loop {
-            match self.write_journal(&dead) {
-                Ok(()) => {
-                    failpoint::hit(Step::Journaled);
-                    break Event::Journaled;
-                }
-                Err(error) => {
-                    tries += 1;
-                    if self.pause(tries, &error.into_failure()) {
-                        break Event::Stopping;
-                    }
-                }
-            }
-        };
-        for item in dead {
-            self.advance(item, event);
-        }
-    }
-
-    fn write_journal(&mut self, dead: &[Item]) -> Result<(), Error> {
-        let failures: Vec<Failure> = dead.iter().map(Item::failure).collect();
-        let entries: Vec<JournalEntry<'_>> = dead
-            .iter()
-            .zip(&failures)
-            .filter_map(|(item, failure)| {
-                let State::Journaling(reason) = item.state else {
-                    return None;
-                };
-                Some(JournalEntry {
-                    message_id: item.id.as_ref(),
-                    fingerprint: item.fingerprint,
-                    reason,
-                    failure,
-                    attempt: if reason == DeadReason::Rejected {
-                        item.attempt
-                    } else {
-                        0
-                    },
-                    exchange: &item.delivery.message.exchange,
-                    routing_key: &item.delivery.message.routing_key,
-                })
-            })
-            .collect();
-        self.ledger.journal(self.handler.kind(), &entries)?;
-        for entry in &entries {
-            // The text may quote the message, so it stays in the journal.
-            log::warn!(
-                consumer = self.shared.consumer.name.as_str(),
-                message_id = entry.message_id.map_or("", MessageId::as_str),
-                reason = entry.reason.as_str(),
-                code = entry.failure.code.as_deref().unwrap_or("");
-                "dead-lettered"
-            );
-        }
-        Ok(())
-    }
-
-    /// Gives back what waits, because the daemon stops.
-    fn hand_back(&mut self) {
-        let parked = std::mem::take(&mut self.parked)
-            .into_iter()
-            .map(|(_, item)| item);
-        let heirs: Vec<Item> = std::mem::take(&mut self.heirs).into();
-        for item in parked.chain(heirs) {
-            self.advance(item, Event::Stopping);
-        }
-        self.tell();
-    }
-}
-
-fn usable_id(item: &Item, consumer: &checked::Consumer) -> Result<MessageId, (DeadReason, String)> {
-    let message = &item.delivery.message;
-    if message.body.len() > consumer.max_body {
-        let text = format!(
-            "the body has {} bytes, max_body allows {}",
-            message.body.len(),
-            consumer.max_body
-        );
-        return Err((DeadReason::TooLarge, text));
-    }
-    identity::identify(message, &consumer.identity).map_err(|reason| {
-        let text = match reason {
-            DeadReason::BadHeader => "its id stands in bytes that are not valid AMQP",
-            _ => "it has no usable id where `identity` looks for one",
-        };
-        (reason, text.to_owned())
-    })
 }

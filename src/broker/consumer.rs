@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use amiquip::{Channel, ConsumerMessage, ConsumerOptions};
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, never, select};
+use crossbeam_channel::{Receiver, Sender, TrySendError, never, select};
 
 use super::connection::Link;
 use super::convert;
@@ -109,10 +109,12 @@ pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> Result<End, To
         acks_due: None,
     };
     let end = flow.consume(consumer.receiver(), &feed);
+    let watch = link.watch(CALL_WITHIN);
     if !matches!(end, End::Stopped { .. }) {
+        // Its drop asks the broker to cancel it.
+        drop(consumer);
         return Ok(end);
     }
-    let watch = link.watch(CALL_WITHIN);
     // Dropping a consumer that still gets deliveries can kill the connection:
     // it is cancelled and drained first.
     let cancelled = consumer.cancel();
@@ -326,17 +328,12 @@ impl Flow<'_> {
             Ok(()) => {}
             Err(end) => return end,
         }
-        loop {
-            match feed.outbox.recv_deadline(deadline) {
-                Ok(settled) => {
-                    let told = self
-                        .settle_burst(settled, feed.outbox)
-                        .and_then(|()| self.send_acks());
-                    if let Err(end) = told {
-                        return end;
-                    }
-                }
-                Err(RecvTimeoutError::Disconnected | RecvTimeoutError::Timeout) => break,
+        while let Ok(settled) = feed.outbox.recv_deadline(deadline) {
+            let told = self
+                .settle_burst(settled, feed.outbox)
+                .and_then(|()| self.send_acks());
+            if let Err(end) = told {
+                return end;
             }
         }
         match self.send_all_acks() {
