@@ -66,8 +66,8 @@ pub struct Worker {
     parked: Vec<(Instant, Item)>,
     /// Deliveries whose owner gave up: theirs is the next turn.
     heirs: VecDeque<Item>,
-    /// Deliveries whose ledger row was pruned while it was looked at.
-    vanished: Vec<Item>,
+    /// Deliveries for the next transaction of the current batch.
+    again: Vec<Item>,
     /// What the current batch has decided and not yet told.
     verdict: Verdict,
 }
@@ -98,7 +98,7 @@ impl Worker {
             handler,
             parked: Vec::new(),
             heirs: VecDeque::new(),
-            vanished: Vec::new(),
+            again: Vec::new(),
             verdict: Verdict::default(),
         }
     }
@@ -222,8 +222,7 @@ impl Worker {
     }
 
     fn process(&mut self, claiming: Vec<Item>) -> Option<Token> {
-        let (token, mut recording) = self.claim(claiming);
-        recording.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        let (token, recording) = self.claim(claiming);
         self.apply(recording);
         token
     }
@@ -272,13 +271,18 @@ impl Worker {
         claims.claim(&ids)
     }
 
-    /// 4 to 6. Applies `items`, which are sorted by id, in as few transactions
-    ///    as the messages at fault allow.
+    /// 4 to 6. Applies `items` in as few transactions as the messages at fault
+    ///    allow.
     fn apply(&mut self, mut items: Vec<Item>) {
         let mut tries = 0;
-        while !items.is_empty() {
+        loop {
+            items.append(&mut self.again);
+            if items.is_empty() {
+                return;
+            }
+            items.sort_unstable_by(|a, b| a.id.cmp(&b.id));
             match self.attempt(&mut items) {
-                Tried::Through => items.append(&mut self.vanished),
+                Tried::Through => {}
                 Tried::Split => {
                     let rest = items.split_off(items.len() / 2);
                     self.apply(items);
@@ -289,6 +293,7 @@ impl Worker {
                     // What is decided must not wait for what is not.
                     self.tell();
                     if self.pause(tries, &failure) {
+                        items.append(&mut self.again);
                         for item in items.drain(..) {
                             self.advance(item, Event::Stopping);
                         }
@@ -350,7 +355,7 @@ impl Worker {
                     let body = item.compare(print);
                     self.advance(item, Event::Found(body));
                 }
-                Record::Vanished => self.vanished.push(item),
+                Record::Vanished => self.again.push(item),
             }
         }
         Ok(())
@@ -396,23 +401,21 @@ impl Worker {
             }
             return Tried::Split;
         }
-        for mut item in std::mem::take(items) {
+        for mut item in items.drain(..) {
             item.failure = Some(failure.clone());
-            match failure.class {
-                Class::Permanent => self.advance(item, Event::Failed(Class::Permanent)),
-                _ if item.attempt >= ATTEMPTS_MAX => {
-                    item.on(Event::Failed(failure.class));
-                    self.advance(item, Event::Exhausted);
-                }
-                class => {
-                    item.on(Event::Failed(class));
-                    item.attempt += 1;
-                    items.push(item);
-                    return Tried::Wait(failure);
-                }
+            let exhausted = failure.class == Class::Transient && item.attempt >= ATTEMPTS_MAX;
+            item.attempt += u32::from(failure.class == Class::Transient && !exhausted);
+            if exhausted {
+                item.on(Event::Failed(failure.class));
+                self.advance(item, Event::Exhausted);
+            } else {
+                self.advance(item, Event::Failed(failure.class));
             }
         }
-        Tried::Through
+        match self.again.is_empty() {
+            true => Tried::Through,
+            false => Tried::Wait(failure),
+        }
     }
 
     /// Waits before the next try. True when the daemon stops.

@@ -55,11 +55,8 @@ impl Worker {
                 self.parked.push((at, item));
             }
             State::Claiming => self.heirs.push_back(item),
-            State::Received
-            | State::Joined
-            | State::Recording
-            | State::Recorded
-            | State::Applied => {
+            State::Recording | State::InDoubt => self.again.push(item),
+            State::Received | State::Joined | State::Recorded | State::Applied => {
                 log::error!("gave a delivery back that stood in {:?}", item.state);
                 self.settle(item, Settlement::Requeue);
             }
