@@ -22,7 +22,8 @@ fn guarded(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Parses all frames the way amiquip does, on a stack of 256 KiB.
+/// Parses all frames the way amiquip does, on a stack of 256 KiB, and makes sure
+/// that no property was silently passed over.
 fn parsed(bytes: Vec<u8>) -> Vec<AMQPFrame> {
     std::thread::Builder::new()
         .stack_size(256 * 1024)
@@ -31,9 +32,14 @@ fn parsed(bytes: Vec<u8>) -> Vec<AMQPFrame> {
             let mut rest = &bytes[..];
             while !rest.is_empty() {
                 let length = FrameHead::read(rest).expect("a frame head").total();
-                let (frame, after) = rest.split_at(length);
-                let (left, frame) = parse_frame(frame).expect("a readable frame");
+                let (bytes, after) = rest.split_at(length);
+                let (left, frame) = parse_frame(bytes).expect("a readable frame");
                 assert!(left.is_empty(), "bytes left over: {left:?}");
+                if let AMQPFrame::Header(_, _, content) = &frame {
+                    let at = FRAME_HEAD + 12;
+                    let flags = u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+                    assert_eq!(content.properties.bitmask(), flags & !3);
+                }
                 frames.push(frame);
                 rest = after;
             }

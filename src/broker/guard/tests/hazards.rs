@@ -36,14 +36,33 @@ fn without_the_guard_a_nested_table_kills_the_process() {
 #[test]
 fn without_the_guard_text_that_is_not_utf8_is_an_unreadable_frame() {
     let bad = [b'k', 0xFF];
+    let table = table_bytes(&[(b"k".to_vec(), Val::Text(b"v".to_vec()))]);
     for bytes in [
         deliver(1, 1, b"", &bad),
-        header(1, 0, &Props::default().short(0, &bad)),
-        header(1, 0, &Props::default().message_id(&bad)),
+        header(1, 0, &Props::default().short(0, &bad).headers(&table)),
     ] {
         assert!(parse_frame(&bytes).is_err());
         parsed(guarded(&bytes));
     }
+}
+
+#[test]
+fn without_the_guard_a_broken_property_hides_or_shifts_the_properties_after_it() {
+    let broken = Props::default()
+        .short(5, &[b'k', 0xFF])
+        .message_id(b"id-1")
+        .fixed(9, &7_u64.to_be_bytes());
+    let bytes = header(1, 0, &broken);
+    let properties = |bytes: &[u8]| match parse_frame(bytes) {
+        Ok((_, AMQPFrame::Header(_, _, content))) => content.properties,
+        other => panic!("not a readable header: {other:?}"),
+    };
+    let unguarded = properties(&bytes);
+    assert_eq!(unguarded.message_id(), &None);
+    assert!(unguarded.timestamp().is_some_and(|time| time != 7));
+    let guarded = properties(&guarded(&bytes));
+    assert_eq!(guarded.message_id().as_deref(), Some("id-1"));
+    assert_eq!(guarded.timestamp(), &Some(7));
 }
 
 #[test]
