@@ -93,7 +93,7 @@ impl Findings {
 
 fn severity_of(error: &Error) -> Severity {
     match error {
-        Error::Lost(_) => Severity::Unreachable,
+        Error::Lost(_) | Error::Unreachable { .. } => Severity::Unreachable,
         Error::Refused(failure) => match failure.code.as_deref() {
             Some(code) if code.starts_with("28") || code == "42501" => Severity::Denied,
             _ => Severity::Wrong,

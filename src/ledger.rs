@@ -194,7 +194,9 @@ impl Ledger {
             // A deferred constraint, a trigger or a serialization check: the
             // session goes on, so the server has rolled back.
             Err(Error::Refused(failure)) => Err(CommitError::Refused(failure)),
-            Err(Error::Lost(cause)) => Err(CommitError::Unknown(cause)),
+            Err(lost @ (Error::Lost(_) | Error::Unreachable { .. })) => {
+                Err(CommitError::Unknown(lost.to_string()))
+            }
         }
     }
 

@@ -383,7 +383,7 @@ impl Worker {
     /// Rolls back and finds out what the error asks for.
     fn undo(&mut self, items: &mut Vec<Item>, error: Error, handler_ran: bool) -> Tried {
         match &error {
-            Error::Lost(_) => self.ledger.lost(),
+            Error::Lost(_) | Error::Unreachable { .. } => self.ledger.lost(),
             Error::Refused(_) => self.ledger.rollback(),
         }
         let failure = error.into_failure();

@@ -24,6 +24,14 @@ pub enum Error {
     /// The server said no; the session can go on (an open transaction cannot).
     #[error("{0}")]
     Refused(Failure),
+    /// There is no session, and nothing was sent.
+    #[error("failed to connect to PostgreSQL at {address}: {cause}")]
+    Unreachable {
+        /// Host and port.
+        address: String,
+        /// Why not.
+        cause: String,
+    },
     /// The session is gone, and whether its last statement took effect is unknown.
     #[error("lost the PostgreSQL session: {0}")]
     Lost(String),
@@ -35,7 +43,7 @@ impl Error {
     pub fn into_failure(self) -> Failure {
         match self {
             Self::Refused(failure) => failure,
-            Self::Lost(_) => Failure {
+            Self::Unreachable { .. } | Self::Lost(_) => Failure {
                 class: Class::Systemic,
                 code: None,
                 text: self.to_string(),
@@ -57,24 +65,32 @@ impl Session {
     /// # Errors
     ///
     /// [`Error::Refused`] when the server answered with an error (wrong
-    /// password, no such database), [`Error::Lost`] when it did not answer.
+    /// password, no such database), [`Error::Unreachable`] when it did not answer.
     pub fn open(config: &checked::Postgres, purpose: &str) -> Result<Self, Error> {
         let options = connect_options(config, purpose)?;
+        let unreachable = |cause: String| Error::Unreachable {
+            address: format!("{}:{}", options.get_host(), options.get_port()),
+            cause,
+        };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .map_err(|e| Error::Lost(format!("failed to start a runtime: {e}")))?;
-        let connection = runtime.block_on(async {
-            tokio::time::timeout(config.connect_timeout, PgConnection::connect_with(&options)).await
-        });
-        let connection = match connection {
-            Ok(connected) => connected.map_err(|e| from_sqlx(&e))?,
+            .map_err(|e| unreachable(format!("no runtime: {e}")))?;
+        let connecting = PgConnection::connect_with(&options);
+        let connected = runtime
+            .block_on(async { tokio::time::timeout(config.connect_timeout, connecting).await });
+        let connection = match connected {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(error)) => {
+                return Err(match from_sqlx(&error) {
+                    Error::Refused(failure) => Error::Refused(failure),
+                    _ => unreachable(error.to_string()),
+                });
+            }
             Err(_) => {
-                return Err(Error::Lost(format!(
-                    "no connection to {}:{} within {:?} (connect_timeout)",
-                    options.get_host(),
-                    options.get_port(),
-                    config.connect_timeout
+                let within = config.connect_timeout;
+                return Err(unreachable(format!(
+                    "no answer within {within:?} (connect_timeout)"
                 )));
             }
         };
@@ -162,7 +178,12 @@ fn from_sqlx(error: &sqlx::Error) -> Error {
         text: describe(pg),
     };
     match pg.severity() {
-        PgSeverity::Fatal | PgSeverity::Panic => Error::Lost(failure.to_string()),
+        // Said while logging in, it is an answer; later, the session's end.
+        PgSeverity::Fatal | PgSeverity::Panic
+            if !pg.code().starts_with("28") && !pg.code().starts_with("3D") =>
+        {
+            Error::Lost(failure.to_string())
+        }
         _ => Error::Refused(failure),
     }
 }

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{ConfigArgument, Exit};
+use super::{ConfigArgument, Exit, output};
 use crate::config;
 use crate::handler;
 use crate::inspect::{self, Finding, Severity};
@@ -17,7 +17,8 @@ pub struct Arguments {
     #[arg(long)]
     offline: bool,
 
-    /// Print the configuration with every default filled in, without secrets
+    /// Print the configuration with every default filled in, without secrets,
+    /// and look at nothing else
     #[arg(long)]
     print: bool,
 }
@@ -30,7 +31,8 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
     let config = arguments.config.load()?;
     if arguments.print {
-        print!("{}", config::to_toml(&config, false));
+        output(&config::to_toml(&config, false));
+        return Ok(Exit::Success);
     }
     for consumer in &config.consumers {
         handler::build(&consumer.handler).map_err(|error| {
@@ -48,7 +50,7 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
     }
     let findings = inspect::servers(&config);
     for finding in &findings {
-        println!("{finding}");
+        output(&format!("{finding}\n"));
     }
     match findings.iter().map(|f: &Finding| f.severity).max() {
         Some(Severity::Unreachable) => Err(Exit::Unreachable),

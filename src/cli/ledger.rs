@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::migrate::report;
-use super::{ConfigArgument, Exit};
+use super::{ConfigArgument, Exit, output};
 use crate::ledger;
 use crate::postgres::Session;
 
@@ -36,7 +36,7 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
             let config = config.load()?;
             let mut session = Session::open(&config.postgres, "ledger").map_err(|e| report(&e))?;
             let id = ledger::renew_id(&mut session).map_err(|e| report(&e))?;
-            println!("the ledger's id is now {id}");
+            output(&format!("the ledger's id is now {id}\n"));
             Ok(Exit::Success)
         }
     }

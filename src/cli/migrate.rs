@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{ConfigArgument, Exit};
+use super::{ConfigArgument, Exit, output};
 use crate::ledger;
 use crate::postgres::{Error, Session};
 
@@ -23,7 +23,7 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
     let config = arguments.config.load()?;
     let mut session = Session::open(&config.postgres, "migrate").map_err(|e| report(&e))?;
     ledger::migrate(&mut session).map_err(|e| report(&e))?;
-    println!("the schema ackonce is up to date");
+    output("the schema ackonce is up to date\n");
     Ok(Exit::Success)
 }
 
@@ -31,7 +31,7 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
 pub(super) fn report(error: &Error) -> Exit {
     eprintln!("ackonce: {error}");
     match error {
-        Error::Lost(_) => Exit::Unreachable,
+        Error::Lost(_) | Error::Unreachable { .. } => Exit::Unreachable,
         Error::Refused(failure) => match failure.code.as_deref() {
             // invalid authorization, insufficient privilege
             Some(code) if code.starts_with("28") || code == "42501" => Exit::Denied,

@@ -6,6 +6,7 @@ pub mod ledger;
 pub mod migrate;
 pub mod run;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -93,6 +94,17 @@ impl ConfigArgument {
             eprintln!("{error}");
             Exit::Config
         })
+    }
+}
+
+/// Writes data to standard output. A reader that has gone away, such as
+/// `head`, is no error.
+fn output(text: &str) {
+    let mut out = std::io::stdout().lock();
+    if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush())
+        && error.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        log::error!("failed to write to standard output: {error}");
     }
 }
 
