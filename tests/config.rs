@@ -190,7 +190,7 @@ fn what_is_printed_reads_back_the_same() {
     let ca_file = folder.path().join("ca.pem");
     std::fs::write(&ca_file, "-----BEGIN CERTIFICATE-----\n").unwrap();
     let full = format!(
-        r#"{SMALLEST}
+        r##"{SMALLEST}
 [[consumer]]
 name = "b"
 workers = 256
@@ -208,7 +208,7 @@ binding = [
   {{ exchange = "amq.headers", exchange_type = "headers", arguments = {{ x-match = "any", "a b" = 0x10, c = true, d = "$${{" }} }},
   {{ exchange = "t", exchange_type = "topic", routing_key = "#" }},
 ]
-"#
+"##
     )
     .replace("amqp://h", "amqps://u:p%2f$${A}@h/v")
     .replace("[broker]", &format!("[broker]\nca_file = '{}'", ca_file.display()));
@@ -345,7 +345,7 @@ fn a_handler_file_is_read_from_the_configurations_folder() {
         let [problem] = error.problems() else {
             panic!("{error}");
         };
-        assert_eq!(line_and_column(problem), (20, 8));
+        assert_eq!(line_and_column(problem), (21, 8));
         assert!(
             problem.message.contains(&sql.display().to_string()),
             "{problem:?}"
@@ -429,7 +429,7 @@ fn a_mistake_in_a_servers_section_is_named_with_its_place_and_a_hint() {
         "[broker]" + "hartbeat = \"10s\"" => 2:1 "unknown key `hartbeat` in [broker]" / "did you mean `heartbeat`?"
         "[broker]" + "prefetch = 1" => 2:1 "unknown key `prefetch`" / "belongs to [[consumer]]"
         "[broker]" + "zzz = 1" => 2:1 "unknown key `zzz`" / "[broker] has: url, url_file"
-        "[broker]" + "[posgres]" => 2:2 "unknown section `posgres` in the top level" / "did you mean `postgres`?"
+        "[daemon]" + "[posgres]" => 11:2 "unknown section `posgres` at the top level" / "did you mean `postgres`?"
         "[broker]" + "heartbeat = 10" => 2:13 "`heartbeat` has no unit: 10" / "add a unit: heartbeat = \"10s\""
         "[broker]" + "heartbeat = \"10\"" => 2:13 "`heartbeat` has no unit: `10`" / "add a unit"
         "[broker]" + "heartbeat = true" => 2:13 "`heartbeat` must be a duration in quotes, found a boolean" / "heartbeat = \"10s\""
@@ -501,7 +501,7 @@ fn a_mistake_in_a_consumer_is_named_with_its_place_and_a_hint() {
         "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"headers\"\narguments = { a = 1.5 }" => 21:19 "`a` must be a string, an integer or a boolean" / "header"
         "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"headers\"\narguments = { x-match = \"some\" }" => 21:25 "`x-match`" / "all, any"
         "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"headers\"\narguments = { a = \"${N}\" }" => 21:20 "needs the environment variable `N`" / "set N"
-        "[consumer.handler]" + "file = \"a.sql\"" => 20:1 "both `file` and `sql`" / "keep one"
+        "[consumer.handler]" + "file = \"a.sql\"" => 22:7 "both `file` and `sql`" / "keep one"
     });
 }
 
@@ -518,7 +518,7 @@ fn what_is_missing_is_named_where_it_belongs() {
             "[redis]\nurl = \"redis://h\"\n",
             "missing section [redis]",
             "enabled = false",
-            (18, 17),
+            (19, 17),
         ),
         (
             "name = \"orders\"\n",
@@ -694,7 +694,7 @@ file = "orders.sql"
         .iter()
         .map(|p| line_and_column(p).0)
         .collect();
-    assert_eq!(lines, [2, 3, 4, 8, 12, 14, 17, 18, 19, 22], "{error}");
+    assert_eq!(lines, [2, 3, 4, 8, 12, 14, 17, 18, 19, 23], "{error}");
     let printed = error.to_string();
     assert_eq!(printed.matches("error: ").count(), 10, "{printed}");
     assert_eq!(printed.matches("= hint: ").count(), 10, "{printed}");
@@ -719,7 +719,7 @@ fn a_problem_is_shown_with_its_line_and_a_caret() {
    |
 13 |  prefech = 100 # é
    |  ^^^^^^^
-  = hint: did you mean `prefetch`?
+   = hint: did you mean `prefetch`?
 
 1 problem in etc/ackonce.toml"
     );
@@ -757,9 +757,13 @@ fn what_is_not_toml_is_named_with_its_place() {
 
 #[test]
 fn a_key_nested_without_end_is_refused_before_it_overflows_the_stack() {
-    let endless = format!("{}x = 1", "a.".repeat(100_000));
-    let found = problems(&endless);
+    let found = problems(&format!("{}x = 1", "a.".repeat(100_000)));
     assert!(found[0].message.contains("dots"), "{found:#?}");
+
+    let deepest_line = format!("{}x", "a.".repeat(100));
+    let tables = format!("{deepest_line} = {{\n").repeat(78);
+    let deepest = format!("[{deepest_line}]\n{tables}a = 1\n{}", "}\n".repeat(78));
+    assert!(problems(&deepest)[0].message.contains("unknown"));
 }
 
 /// However the line is broken, the secret on it is not shown.

@@ -53,11 +53,14 @@ impl fmt::Display for ConfigError {
         let file = self.file.display();
         for problem in &self.problems {
             writeln!(f, "error: {}", problem.message)?;
-            match &problem.place {
+            let gutter = match &problem.place {
                 Some(place) => write_place(f, &file, place)?,
-                None => writeln!(f, "  --> {file}")?,
-            }
-            writeln!(f, "  = hint: {}\n", problem.hint)?;
+                None => {
+                    writeln!(f, "--> {file}")?;
+                    0
+                }
+            };
+            writeln!(f, "{:gutter$} = hint: {}\n", "", problem.hint)?;
         }
         match self.problems.len() {
             1 => write!(f, "1 problem in {file}"),
@@ -66,11 +69,12 @@ impl fmt::Display for ConfigError {
     }
 }
 
+/// Returns the width of the line's number.
 fn write_place(
     f: &mut fmt::Formatter<'_>,
     file: &std::path::Display<'_>,
     place: &Place,
-) -> fmt::Result {
+) -> Result<usize, fmt::Error> {
     let number = place.line.to_string();
     let gutter = " ".repeat(number.len());
     let indent = " ".repeat(place.caret_start);
@@ -78,7 +82,8 @@ fn write_place(
     writeln!(f, "{gutter}--> {file}:{}:{}", place.line, place.column)?;
     writeln!(f, "{gutter} |")?;
     writeln!(f, "{number} | {}", place.excerpt)?;
-    writeln!(f, "{gutter} | {indent}{carets}")
+    writeln!(f, "{gutter} | {indent}{carets}")?;
+    Ok(number.len())
 }
 
 /// One rejection of a value, before it is known where the value stands. The

@@ -9,6 +9,14 @@ pub struct Keys {
     pub keys: &'static [&'static str],
 }
 
+impl Keys {
+    /// `in [broker]`, `at the top level`.
+    pub(super) fn whereabouts(&self) -> String {
+        let word = if self.title.starts_with('[') { "in" } else { "at" };
+        format!("{word} {}", self.title)
+    }
+}
+
 /// The sections of the file.
 pub const ROOT: Keys = Keys {
     title: "the top level",

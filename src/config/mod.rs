@@ -38,7 +38,7 @@ use source::{Source, Span};
 
 /// Most `.` on one line. A dotted key nests a table for each, and dropping a
 /// table nested some thousands deep overflows the stack.
-const DOTS_PER_LINE_MAX: usize = 200;
+const DOTS_PER_LINE_MAX: usize = 100;
 
 /// Reads the configuration at `path`; `${VAR}`s come from the environment of
 /// the process.

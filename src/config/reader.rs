@@ -101,7 +101,7 @@ impl<'r> Section<'r> {
                 };
                 reader.report(
                     key.span().into(),
-                    format!("unknown {what} {} in {}", shown(name), keys.title),
+                    format!("unknown {what} {} {}", shown(name), keys.whereabouts()),
                     keys::hint(name, keys),
                 );
             }
@@ -238,7 +238,8 @@ impl<'r> Section<'r> {
             let place = match typed.find(text) {
                 Some(skip) => {
                     let start = span.start + skip + fault.offset;
-                    Span::from(start..start + "${".len())
+                    let length = text[fault.offset..].find('}').map_or("${".len(), |at| at + 1);
+                    Span::from(start..start + length)
                 }
                 None => span,
             };
