@@ -49,17 +49,6 @@ missing_packages() {
     done
 }
 
-# as_root COMMAND...: runs it as root, through sudo where that is needed.
-as_root() {
-    if ((EUID == 0)); then
-        "$@"
-    elif have sudo; then
-        sudo "$@"
-    else
-        die "root is needed to run '$*', and there is no sudo: run it as root, then try again"
-    fi
-}
-
 # apt_install PACKAGE...: runs as root, in a shell of its own, one at a time.
 # Packages with a daemon start it when installed; a policy that says no keeps
 # ports 5672, 6379 and 5432 as they were. A policy that is there already is the
@@ -111,7 +100,7 @@ END
 
 # install_packages PURPOSE...: sees to it that everything for them is there.
 install_packages() {
-    local packages=()
+    local packages=() as_root=() log
     mapfile -t packages < <(missing_packages "$@" | sort -u)
     if ((${#packages[@]} > 0)); then
         say "missing: ${packages[*]}"
@@ -119,10 +108,13 @@ install_packages() {
             explain_packages
             die "packages are missing on a system without apt-get"
         fi
-        say "installing with apt-get: ${packages[*]}"
-        local log
+        if ((EUID != 0)); then
+            have sudo || die "root is needed to install them and there is no sudo: run 'script/services install' as root"
+            as_root=(sudo)
+        fi
+        say "installing them with apt-get"
         log=$(mktemp)
-        if ! as_root bash -c "$(declare -f apt_install); apt_install \"\$@\"" bash "${packages[@]}" >"$log" 2>&1; then
+        if ! "${as_root[@]}" bash -c "$(declare -f apt_install); apt_install \"\$@\"" bash "${packages[@]}" >"$log" 2>&1; then
             tail -n 30 "$log" >&2
             die "failed to install ${packages[*]} with apt-get: full log in $log"
         fi
