@@ -5,12 +5,12 @@
 //!
 //! ```text
 //!  Received ──► Claiming ──► Recording ──► Recorded ──► Applied ──► Settled(Ack)
-//!     │  │       │  ▲  │       │  ▲  ▲         │           │
-//!     │  │       ▼  │  │       │  │  └─────────┴───────────┘ rolled back, or
-//!     │  │      Parked │       │  │                          commit reply lost
-//!     │  └► Joined ──► │       ▼  │
-//!     │         │      └──► Settled(Ack): found in the ledger, or marked done
-//!     ▼         ▼
+//!     │  │       │  ▲  │       │  ▲          │  ▲          │  │         ▲
+//!     │  │       ▼  │  │       │  └──────────┴──┼──────────┘  │ no      │ row
+//!     │  │      Parked │       │   rolled back  │             │ reply   │ found
+//!     │  └► Joined ──► │       ▼                └── InDoubt ◄─┘         │
+//!     │         │      └──► Settled(Ack): found        └────────────────┘
+//!     ▼         ▼           in the ledger, or marked done
 //!  Journaling(reason) ──► Settled(Reject)        Settled(Requeue): on a stop
 //! ```
 //!
@@ -37,6 +37,9 @@ pub enum State {
     Recorded,
     /// Its effect stands beside the row, in the same open transaction.
     Applied,
+    /// COMMIT was sent and not answered: the ledger is asked what became of
+    /// it. Until it answers, the delivery is neither applied nor rejected.
+    InDoubt,
     /// It is to be dead-lettered as soon as the reason is in the journal.
     Journaling(DeadReason),
     /// The broker has been told; nothing may happen any more.
@@ -90,7 +93,8 @@ pub enum Event {
     Committed,
     /// COMMIT was sent and its reply never came.
     CommitUnknown,
-    /// No attempt is left.
+    /// No attempt is left. An attempt is one that reached the handler: waiting
+    /// for another worker's row costs none.
     Exhausted,
     /// The reason stands in the failure journal.
     Journaled,
@@ -152,6 +156,7 @@ pub fn step(state: State, event: Event) -> Result<Step, Illegal> {
         State::Recording => recording(event),
         State::Recorded => recorded(event),
         State::Applied => applied(event),
+        State::InDoubt => in_doubt(event),
         State::Journaling(reason) => journaling(reason, event),
         State::Settled(_) => None,
     }
@@ -165,32 +170,41 @@ pub fn admits(epoch: Epoch, ticket: &Ticket) -> bool {
     ticket.epoch == epoch
 }
 
+/// The events that cannot happen in a state, named one by one: a new event does
+/// not compile until every state has an answer to it.
+macro_rules! never {
+    ($($event:ident)*) => { $(Event::$event { .. })|* };
+}
+
 fn received(event: Event) -> Option<Step> {
     match event {
         Event::Identified => Some((State::Claiming, &[Action::Claim])),
         Event::Collided => Some((State::Joined, &[])),
         Event::Unusable(reason) => Some(dead(reason)),
-        Event::Stopping => Some((
-            State::Settled(Settlement::Requeue),
-            &[Action::Settle(Settlement::Requeue)],
-        )),
-        _ => None,
+        Event::Stopping => Some(requeued()),
+        never![
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Inserted Found Succeeded Failed BatchFailed Exhausted
+            Committed CommitUnknown
+            Journaled JournalFailed
+        ] => None,
     }
 }
 
 fn joined(event: Event) -> Option<Step> {
     match event {
-        Event::OwnerApplied(Body::Same) => Some((
-            State::Settled(Settlement::Ack),
-            &[Action::Settle(Settlement::Ack)],
-        )),
+        Event::OwnerApplied(Body::Same) => Some(acked()),
         Event::OwnerApplied(Body::Other) => Some(dead(DeadReason::IdConflict)),
         Event::OwnerGaveUp => Some((State::Claiming, &[Action::Claim])),
-        Event::Stopping => Some((
-            State::Settled(Settlement::Requeue),
-            &[Action::Settle(Settlement::Requeue)],
-        )),
-        _ => None,
+        Event::Stopping => Some(requeued()),
+        never![
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            Inserted Found Succeeded Failed BatchFailed Exhausted
+            Committed CommitUnknown
+            Journaled JournalFailed
+        ] => None,
     }
 }
 
@@ -198,12 +212,17 @@ fn claiming(event: Event) -> Option<Step> {
     match event {
         Event::ClaimWon | Event::ClaimUnavailable => Some((State::Recording, &[Action::Record])),
         Event::ClaimHeld => Some((State::Parked, &[Action::Park])),
-        Event::MarkedDone(Body::Same) => Some((
-            State::Settled(Settlement::Ack),
-            &[Action::Settle(Settlement::Ack)],
-        )),
+        Event::MarkedDone(Body::Same) => Some(acked()),
         Event::MarkedDone(Body::Other) => Some(dead(DeadReason::IdConflict)),
-        _ => None,
+        Event::Stopping => Some(released()),
+        never![
+            Identified Collided Unusable
+            LookAgain
+            OwnerApplied OwnerGaveUp
+            Inserted Found Succeeded Failed BatchFailed Exhausted
+            Committed CommitUnknown
+            Journaled JournalFailed
+        ] => None,
     }
 }
 
@@ -212,35 +231,37 @@ fn parked(event: Event) -> Option<Step> {
         Event::LookAgain => Some((State::Claiming, &[Action::Claim])),
         // Only a committed row is looked for here: the claim is not ours, so
         // there is nothing to give back.
-        Event::Found(Body::Same) => Some((
-            State::Settled(Settlement::Ack),
-            &[Action::Settle(Settlement::Ack)],
-        )),
+        Event::Found(Body::Same) => Some(acked()),
         Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
-        Event::Stopping => Some((
-            State::Settled(Settlement::Requeue),
-            &[Action::Settle(Settlement::Requeue)],
-        )),
-        _ => None,
+        Event::Stopping => Some(requeued()),
+        never![
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone
+            OwnerApplied OwnerGaveUp
+            Inserted Succeeded Failed BatchFailed Exhausted
+            Committed CommitUnknown
+            Journaled JournalFailed
+        ] => None,
     }
 }
 
 fn recording(event: Event) -> Option<Step> {
     match event {
         Event::Inserted => Some((State::Recorded, &[Action::Apply])),
-        Event::Found(Body::Same) => Some((
-            State::Settled(Settlement::Ack),
-            &[Action::MarkDone, Action::Settle(Settlement::Ack)],
-        )),
+        Event::Found(Body::Same) => Some(marked()),
         Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
         Event::Failed(Class::Permanent) => Some(refused()),
         Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
         Event::Exhausted => Some(dead(DeadReason::Rejected)),
-        Event::Stopping => Some((
-            State::Settled(Settlement::Requeue),
-            &[Action::Release, Action::Settle(Settlement::Requeue)],
-        )),
-        _ => None,
+        Event::Stopping => Some(released()),
+        never![
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Succeeded
+            Committed CommitUnknown
+            Journaled JournalFailed
+        ] => None,
     }
 }
 
@@ -249,7 +270,15 @@ fn recorded(event: Event) -> Option<Step> {
         Event::Succeeded => Some((State::Applied, &[Action::Commit])),
         Event::Failed(Class::Permanent) => Some(refused()),
         Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
-        _ => None,
+        never![
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Inserted Found Exhausted
+            Committed CommitUnknown
+            Journaled JournalFailed
+            Stopping
+        ] => None,
     }
 }
 
@@ -257,16 +286,42 @@ fn applied(event: Event) -> Option<Step> {
     match event {
         // The mark and the ack follow the reply to COMMIT. Were either sent
         // earlier, a crash in between would lose the message.
-        Event::Committed => Some((
-            State::Settled(Settlement::Ack),
-            &[Action::MarkDone, Action::Settle(Settlement::Ack)],
-        )),
-        // Not guessed: the insert is tried again, waits for the old
-        // transaction if that is still open, and finds the row or does not.
-        Event::CommitUnknown => Some((State::Recording, &[Action::Record])),
+        Event::Committed => Some(marked()),
+        // Nothing is rolled back: COMMIT is out of our hands.
+        Event::CommitUnknown => Some((State::InDoubt, &[Action::Record])),
         Event::Failed(Class::Permanent) => Some(refused()),
         Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
-        _ => None,
+        never![
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Inserted Found Succeeded Exhausted
+            Journaled JournalFailed
+            Stopping
+        ] => None,
+    }
+}
+
+fn in_doubt(event: Event) -> Option<Step> {
+    match event {
+        // The insert waits for the old transaction if that is still open. So a
+        // new row proves that the old one was rolled back.
+        Event::Inserted => Some((State::Recorded, &[Action::Apply])),
+        Event::Found(Body::Same) => Some(marked()),
+        Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
+        // The ledger has not answered, whatever the class: rejected now, the
+        // message could be applied and dead-lettered both.
+        Event::Failed(Class::Permanent | Class::Transient | Class::Systemic)
+        | Event::BatchFailed => Some((State::InDoubt, &[Action::Rollback, Action::Record])),
+        Event::Exhausted | Event::Stopping => Some(released()),
+        never![
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Succeeded
+            Committed CommitUnknown
+            Journaled JournalFailed
+        ] => None,
     }
 }
 
@@ -277,12 +332,47 @@ fn journaling(reason: DeadReason, event: Event) -> Option<Step> {
             &[Action::Release, Action::Settle(Settlement::Reject)],
         )),
         Event::JournalFailed => Some(dead(reason)),
-        Event::Stopping => Some((
-            State::Settled(Settlement::Requeue),
-            &[Action::Release, Action::Settle(Settlement::Requeue)],
-        )),
-        _ => None,
+        Event::Stopping => Some(released()),
+        never![
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Inserted Found Succeeded Failed BatchFailed Exhausted
+            Committed CommitUnknown
+        ] => None,
     }
+}
+
+/// A duplicate: Redis has its mark already, or its owner writes it.
+fn acked() -> Step {
+    (
+        State::Settled(Settlement::Ack),
+        &[Action::Settle(Settlement::Ack)],
+    )
+}
+
+/// The ledger has it, committed: Redis may know.
+fn marked() -> Step {
+    (
+        State::Settled(Settlement::Ack),
+        &[Action::MarkDone, Action::Settle(Settlement::Ack)],
+    )
+}
+
+/// Given back to the queue, with no claim to give back.
+fn requeued() -> Step {
+    (
+        State::Settled(Settlement::Requeue),
+        &[Action::Settle(Settlement::Requeue)],
+    )
+}
+
+/// Given back to the queue, and the claim to whoever asks next.
+fn released() -> Step {
+    (
+        State::Settled(Settlement::Requeue),
+        &[Action::Release, Action::Settle(Settlement::Requeue)],
+    )
 }
 
 fn again() -> Step {
@@ -305,4 +395,223 @@ fn dead(reason: DeadReason) -> Step {
         DeadReason::BadHeader => &[Action::Journal(DeadReason::BadHeader)],
     };
     (State::Journaling(reason), actions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REASONS: [DeadReason; 5] = [
+        DeadReason::Rejected,
+        DeadReason::MissingId,
+        DeadReason::IdConflict,
+        DeadReason::TooLarge,
+        DeadReason::BadHeader,
+    ];
+
+    fn states() -> Vec<State> {
+        let mut states = vec![
+            State::Received,
+            State::Joined,
+            State::Claiming,
+            State::Parked,
+            State::Recording,
+            State::Recorded,
+            State::Applied,
+            State::InDoubt,
+            State::Settled(Settlement::Ack),
+            State::Settled(Settlement::Reject),
+            State::Settled(Settlement::Requeue),
+        ];
+        states.extend(REASONS.map(State::Journaling));
+        states
+    }
+
+    fn events() -> Vec<Event> {
+        let mut events = vec![
+            Event::Identified,
+            Event::Collided,
+            Event::ClaimWon,
+            Event::ClaimHeld,
+            Event::ClaimUnavailable,
+            Event::LookAgain,
+            Event::OwnerGaveUp,
+            Event::Inserted,
+            Event::Succeeded,
+            Event::Failed(Class::Transient),
+            Event::Failed(Class::Permanent),
+            Event::Failed(Class::Systemic),
+            Event::BatchFailed,
+            Event::Committed,
+            Event::CommitUnknown,
+            Event::Exhausted,
+            Event::Journaled,
+            Event::JournalFailed,
+            Event::Stopping,
+        ];
+        events.extend(REASONS.map(Event::Unusable));
+        for body in [Body::Same, Body::Other] {
+            events.extend([
+                Event::MarkedDone(body),
+                Event::OwnerApplied(body),
+                Event::Found(body),
+            ]);
+        }
+        events
+    }
+
+    /// Every legal step, as `(state, event)` to the next state.
+    fn legal() -> Vec<(State, Event, State)> {
+        use Class::{Permanent, Systemic, Transient};
+        use Event::*;
+        use State::*;
+        const ACK: State = Settled(Settlement::Ack);
+        const REQUEUE: State = Settled(Settlement::Requeue);
+        const CONFLICT: State = Journaling(DeadReason::IdConflict);
+        const REJECTED: State = Journaling(DeadReason::Rejected);
+
+        let mut table = vec![
+            (Received, Identified, Claiming),
+            (Received, Collided, Joined),
+            (Received, Stopping, REQUEUE),
+            (Joined, OwnerApplied(Body::Same), ACK),
+            (Joined, OwnerApplied(Body::Other), CONFLICT),
+            (Joined, OwnerGaveUp, Claiming),
+            (Joined, Stopping, REQUEUE),
+            (Claiming, ClaimWon, Recording),
+            (Claiming, ClaimUnavailable, Recording),
+            (Claiming, ClaimHeld, Parked),
+            (Claiming, MarkedDone(Body::Same), ACK),
+            (Claiming, MarkedDone(Body::Other), CONFLICT),
+            (Claiming, Stopping, REQUEUE),
+            (Parked, LookAgain, Claiming),
+            (Parked, Found(Body::Same), ACK),
+            (Parked, Found(Body::Other), CONFLICT),
+            (Parked, Stopping, REQUEUE),
+            (Recording, Inserted, Recorded),
+            (Recording, Found(Body::Same), ACK),
+            (Recording, Found(Body::Other), CONFLICT),
+            (Recording, Failed(Permanent), REJECTED),
+            (Recording, Failed(Transient), Recording),
+            (Recording, Failed(Systemic), Recording),
+            (Recording, BatchFailed, Recording),
+            (Recording, Exhausted, REJECTED),
+            (Recording, Stopping, REQUEUE),
+            (Recorded, Succeeded, Applied),
+            (Recorded, Failed(Permanent), REJECTED),
+            (Recorded, Failed(Transient), Recording),
+            (Recorded, Failed(Systemic), Recording),
+            (Recorded, BatchFailed, Recording),
+            (Applied, Committed, ACK),
+            (Applied, CommitUnknown, InDoubt),
+            (Applied, Failed(Permanent), REJECTED),
+            (Applied, Failed(Transient), Recording),
+            (Applied, Failed(Systemic), Recording),
+            (Applied, BatchFailed, Recording),
+            (InDoubt, Inserted, Recorded),
+            (InDoubt, Found(Body::Same), ACK),
+            (InDoubt, Found(Body::Other), CONFLICT),
+            (InDoubt, Failed(Permanent), InDoubt),
+            (InDoubt, Failed(Transient), InDoubt),
+            (InDoubt, Failed(Systemic), InDoubt),
+            (InDoubt, BatchFailed, InDoubt),
+            (InDoubt, Exhausted, REQUEUE),
+            (InDoubt, Stopping, REQUEUE),
+        ];
+        for reason in REASONS {
+            table.extend([
+                (Received, Unusable(reason), Journaling(reason)),
+                (Journaling(reason), Journaled, Settled(Settlement::Reject)),
+                (Journaling(reason), JournalFailed, Journaling(reason)),
+                (Journaling(reason), Stopping, REQUEUE),
+            ]);
+        }
+        table
+    }
+
+    /// Every pair of a state and an event that steps, with its step.
+    fn steps() -> Vec<(State, Event, Step)> {
+        states()
+            .into_iter()
+            .flat_map(|state| events().into_iter().map(move |event| (state, event)))
+            .filter_map(|(state, event)| Some((state, event, step(state, event).ok()?)))
+            .collect()
+    }
+
+    #[test]
+    fn every_pair_of_state_and_event_steps_as_the_table_says_or_is_illegal() {
+        let table = legal();
+        for state in states() {
+            for event in events() {
+                let next = step(state, event).map(|(next, _)| next);
+                let wanted = table
+                    .iter()
+                    .find(|(from, by, _)| (*from, *by) == (state, event))
+                    .map(|(_, _, to)| *to)
+                    .ok_or(Illegal { state, event });
+                assert_eq!(next, wanted, "{event:?} in {state:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_settled_delivery_never_moves() {
+        for (state, event, _) in steps() {
+            assert!(!matches!(state, State::Settled(_)), "moved by {event:?}");
+        }
+    }
+
+    #[test]
+    fn the_broker_is_told_once_and_last_and_what_the_state_says() {
+        for (state, event, (next, actions)) in steps() {
+            let told: Vec<Action> = actions
+                .iter()
+                .copied()
+                .filter(|action| matches!(action, Action::Settle(_)))
+                .collect();
+            let wanted = match next {
+                State::Settled(settlement) => vec![Action::Settle(settlement)],
+                _ => vec![],
+            };
+            assert_eq!(told, wanted, "{event:?} in {state:?}");
+            if let Some(settle) = told.last() {
+                assert_eq!(actions.last(), Some(settle), "{event:?} in {state:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_news_of_a_committed_row_leads_to_an_ack() {
+        for (state, event, (next, _)) in steps() {
+            if next == State::Settled(Settlement::Ack) {
+                let committed = matches!(
+                    event,
+                    Event::Committed
+                        | Event::Found(Body::Same)
+                        | Event::MarkedDone(Body::Same)
+                        | Event::OwnerApplied(Body::Same)
+                );
+                assert!(committed, "{event:?} in {state:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_committed_row_of_this_body_is_marked_done() {
+        for (state, event, (_, actions)) in steps() {
+            if actions.contains(&Action::MarkDone) {
+                let committed = matches!(event, Event::Committed | Event::Found(Body::Same));
+                assert!(committed, "{event:?} in {state:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_illegal_step_names_its_state_and_event() {
+        let illegal = step(State::Parked, Event::Committed).expect_err("nothing to commit");
+        assert_eq!(
+            illegal.to_string(),
+            "illegal transition: Committed in state Parked"
+        );
+    }
 }

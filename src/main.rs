@@ -1,1 +1,7 @@
-fn main() {}
+//! The `ackonce` program: arguments in, exit status out.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ackonce::cli::main().into()
+}

@@ -1,4 +1,13 @@
 //! RabbitMQ: the only folder that names AMQP types.
 
+pub mod address;
+pub mod connection;
+pub mod consumer;
+mod convert;
+pub mod error;
 pub mod guard;
-pub mod publisher;
+pub mod tls;
+pub mod topology;
+pub mod transport;
+pub mod watchdog;
+pub mod window;

@@ -30,7 +30,7 @@ impl fmt::Debug for Secret {
 }
 
 /// The whole configuration of one daemon.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// `[broker]`
     pub broker: Broker,
@@ -45,7 +45,7 @@ pub struct Config {
 }
 
 /// `[broker]`: the RabbitMQ server.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Broker {
     /// `amqp://` or `amqps://` URL.
     pub url: Secret,
@@ -59,7 +59,7 @@ pub struct Broker {
 }
 
 /// `[redis]`: the server that holds the claims.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Redis {
     /// `redis://` or `rediss://` URL.
     pub url: Secret,
@@ -72,7 +72,7 @@ pub struct Redis {
 }
 
 /// `[postgres]`: the database that holds ledger and effects.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Postgres {
     /// `postgres://` URL.
     pub url: Secret,
@@ -89,7 +89,7 @@ pub struct Postgres {
 }
 
 /// `[daemon]`: the process.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Daemon {
     /// How long a stop waits for what is in flight.
     pub shutdown_timeout: Duration,
@@ -100,7 +100,7 @@ pub struct Daemon {
 }
 
 /// `[[consumer]]`: one queue and what is done with its messages.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Consumer {
     /// Names the consumer in ledger, claims, logs: 1 to 64 characters of
     /// `a-z A-Z 0-9 . _ -`.
@@ -140,7 +140,7 @@ pub enum Identity {
 }
 
 /// `[consumer.claim]`: the lease on a message id.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
     /// How long a claim holds without renewal.
     pub lease: Duration,
@@ -153,7 +153,7 @@ pub struct Claim {
 }
 
 /// `[consumer.topology]`: what exists on the broker, or is made to.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
     /// Work queue.
     pub queue: String,
@@ -181,7 +181,7 @@ pub enum QueueType {
 }
 
 /// One `[[consumer.topology.binding]]`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binding {
     /// Exchange, declared durable.
     pub exchange: String,
@@ -218,14 +218,14 @@ pub enum BindingArgument {
 }
 
 /// `[consumer.handler]`: what applies a message.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Handler {
     /// `type = "sql"`: statements run in the ledger's transaction.
     Sql(SqlHandler),
 }
 
 /// `[consumer.handler]` with `type = "sql"`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SqlHandler {
     /// The statements, from `file` or `sql`.
     pub text: String,

@@ -1,5 +1,165 @@
-//! Configuration: what was typed, turned once into what is safe to run.
+//! Configuration: the text of `config.toml`, turned once into what is safe to
+//! run ([`checked`]), or into everything that is wrong with it
+//! ([`ConfigError`]). The only part of the house that reads files and
+//! environment variables on the user's behalf. Connects to nothing: whether
+//! the servers agree is for others to find out.
 
 pub mod checked;
+pub mod defaults;
+pub mod keys;
+
+mod consumer;
+mod duration;
+mod error;
+mod files;
+mod interpolate;
+mod print;
+mod reader;
+mod servers;
+mod size;
+mod source;
+mod topology;
+mod urls;
+
+use std::path::Path;
+
+use toml::de::DeTable;
 
 pub use checked::Config;
+pub use duration::format as format_duration;
+pub use error::{ConfigError, Problem};
+pub use print::to_toml;
+pub use size::format as format_size;
+pub use source::Place;
+
+use files::Unreadable;
+use reader::{Reader, Section};
+use source::{Source, Span};
+
+/// Most `.` on one line. A dotted key nests a table for each, and dropping a
+/// table nested some thousands deep overflows the stack.
+const DOTS_PER_LINE_MAX: usize = 100;
+
+/// Reads the configuration at `path`; `${VAR}`s come from the environment of
+/// the process.
+///
+/// # Errors
+///
+/// Everything that is wrong with it.
+pub fn load(path: &Path) -> Result<Config, ConfigError> {
+    let text = files::read_text(path, defaults::CONFIG_FILE_MAX)
+        .map_err(|unreadable| unreadable_config(path, &unreadable))?;
+    parse(&text, path, &|name| std::env::var(name).ok())
+}
+
+/// Reads the configuration `text` as if it stood in `origin`; relative paths
+/// in it start at the folder of `origin`, and `env` knows the variables. Reads
+/// the files that the configuration names, and nothing else.
+///
+/// # Errors
+///
+/// Everything that is wrong with it. Text that is not TOML is looked at no
+/// further than that.
+pub fn parse(
+    text: &str,
+    origin: &Path,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Config, ConfigError> {
+    let folder = origin.parent().unwrap_or(Path::new(""));
+    let reader = Reader::new(text, folder, env);
+    let fail = |reader: Reader<'_>| Err(ConfigError::new(origin, reader.into_problems()));
+    refuse_endless_keys(&reader);
+    if reader.has_findings() {
+        return fail(reader);
+    }
+    let (table, errors) = DeTable::parse_recoverable(text);
+    if !errors.is_empty() {
+        report_syntax(&reader, &errors);
+        return fail(reader);
+    }
+    let config = read(&reader, table.get_ref());
+    match config {
+        Some(config) if !reader.has_findings() => Ok(config),
+        _ => fail(reader),
+    }
+}
+
+/// Every section in turn; `None` where a part could not be made, which is
+/// reported.
+fn read(reader: &Reader<'_>, table: &DeTable<'_>) -> Option<Config> {
+    let root = Section::root(reader, table);
+    let broker = servers::broker(&root);
+    let redis = servers::redis(&root);
+    let (postgres, statement_timeout) = servers::postgres(&root);
+    let daemon = servers::daemon(&root);
+    let consumers = consumer::consumers(&root, &statement_timeout);
+    Some(Config {
+        broker: broker?,
+        redis: redis?,
+        postgres: postgres?,
+        daemon,
+        consumers,
+    })
+}
+
+fn refuse_endless_keys(reader: &Reader<'_>) {
+    let mut offset = 0;
+    for line in reader.source.text.split_inclusive('\n') {
+        if line.bytes().filter(|byte| *byte == b'.').count() > DOTS_PER_LINE_MAX {
+            reader.report(
+                Span::from(offset..offset),
+                format!("line with more than {DOTS_PER_LINE_MAX} dots"),
+                "break the line, or put long statements into a file of their own",
+            );
+        }
+        offset += line.len();
+    }
+}
+
+/// One problem for each line: what follows on the same line is mostly a
+/// consequence of it.
+fn report_syntax(reader: &Reader<'_>, errors: &[toml::de::Error]) {
+    let mut last_line = 0;
+    for error in errors {
+        let end = reader.source.text.len();
+        let span = Span::from(error.span().unwrap_or(end..end));
+        let line = reader.source.line_number(span.start);
+        if line == last_line {
+            continue;
+        }
+        last_line = line;
+        let hint = if error.message().starts_with("duplicate key") {
+            "keep one of them"
+        } else {
+            "strings need quotes, and each key its own line; the values are looked at once the \
+             file is TOML"
+        };
+        reader.report(span, format!("not TOML: {}", error.message()), hint);
+    }
+}
+
+fn unreadable_config(path: &Path, unreadable: &Unreadable) -> ConfigError {
+    let (place, message, hint) = match unreadable {
+        Unreadable::Io(cause) => (
+            None,
+            format!("failed to read the configuration: {cause}"),
+            "name the file with --config",
+        ),
+        Unreadable::TooLong(limit) => (
+            None,
+            format!("failed to read the configuration: longer than {limit} bytes"),
+            "name the right file with --config",
+        ),
+        Unreadable::NotUtf8(valid) => (
+            Some(Source::new(valid).place(Span::from(valid.len()..valid.len()))),
+            "failed to read the configuration: not UTF-8".to_owned(),
+            "save the file as UTF-8",
+        ),
+    };
+    let problem = Problem {
+        place,
+        message,
+        hint: hint.to_owned(),
+    };
+    ConfigError::new(path, vec![problem])
+}

@@ -1,0 +1,76 @@
+//! `ackonce run`: the daemon in the foreground.
+
+use clap::Args;
+use crossbeam_channel::{bounded, select};
+
+use super::{ConfigArgument, Exit};
+use crate::daemon::{self, Fatal};
+use crate::stop;
+
+/// Arguments of `ackonce run`.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    config: ConfigArgument,
+}
+
+/// Runs until SIGTERM or SIGINT, or until the daemon cannot go on. A second
+/// signal ends the process at once.
+///
+/// # Errors
+///
+/// The exit status.
+pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
+    let config = arguments.config.load()?;
+    let (signal, signals) = bounded(2);
+    ctrlc::set_handler(move || {
+        signal.try_send(()).ok();
+    })
+    .map_err(|error| {
+        log::error!("failed to handle signals: {error}");
+        Exit::System
+    })?;
+    let (stopper, stop) = stop::pair();
+    let (done, ended) = bounded(1);
+    std::thread::Builder::new()
+        .name("daemon".to_owned())
+        .spawn(move || {
+            done.send(daemon::run(&config, &stop)).ok();
+        })
+        .map_err(|error| {
+            log::error!("failed to start a thread: {error}");
+            Exit::System
+        })?;
+    let mut stopper = Some(stopper);
+    loop {
+        select! {
+            recv(ended) -> result => return match result {
+                Ok(Ok(())) => Ok(Exit::Success),
+                Ok(Err(fatal)) => Err(report(&fatal)),
+                Err(_) => {
+                    log::error!("the daemon panicked");
+                    Err(Exit::System)
+                }
+            },
+            recv(signals) -> _ => match stopper.take() {
+                Some(stopper) => {
+                    log::info!("told to stop: finishing what is in flight");
+                    drop(stopper);
+                }
+                None => {
+                    log::warn!("told to stop again: leaving at once");
+                    return Err(Exit::Interrupted);
+                }
+            },
+        }
+    }
+}
+
+fn report(fatal: &Fatal) -> Exit {
+    log::error!("{fatal}");
+    match fatal {
+        Fatal::Config(_) => Exit::Config,
+        Fatal::Denied(_) => Exit::Denied,
+        Fatal::System(_) => Exit::System,
+    }
+}

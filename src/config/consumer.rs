@@ -1,0 +1,333 @@
+//! `[[consumer]]` with its claim, handler and identity.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::checked::{Claim, Consumer, Handler, Identity, SqlHandler};
+use super::error::{Complaint, shown};
+use super::reader::{Field, Section, compare};
+use super::source::Span;
+use super::topology::{self, Names};
+use super::{defaults, duration, files, keys};
+
+/// Every consumer that could be read whole; the rest is reported.
+pub(super) fn consumers(root: &Section<'_>, statement_timeout: &Field<Duration>) -> Vec<Consumer> {
+    let sections = root.sections("consumer", &keys::CONSUMER);
+    if sections.is_empty() {
+        root.reader.report(
+            root.span_of("consumer"),
+            "there is no consumer",
+            "add a [[consumer]] with its name and its [consumer.handler]",
+        );
+    }
+    let mut seen = BTreeMap::new();
+    let mut names = Names::default();
+    sections
+        .iter()
+        .filter_map(|section| consumer(section, statement_timeout, &mut seen, &mut names))
+        .collect()
+}
+
+fn consumer(
+    section: &Section<'_>,
+    statement_timeout: &Field<Duration>,
+    seen: &mut BTreeMap<String, Span>,
+    names: &mut Names,
+) -> Option<Consumer> {
+    let name = section
+        .text("name")
+        .then(check_name)
+        .required("add name = \"…\": it names the consumer in ledger, claims and logs");
+    if let Some(name) = &name {
+        refuse_second(section, name, seen);
+    }
+    let workers = section.integer("workers", &defaults::WORKERS);
+    let prefetch = section.integer("prefetch", &defaults::PREFETCH);
+    let batch_max = section.integer("batch_max", &defaults::BATCH_MAX);
+    compare(
+        section.reader,
+        (&prefetch, &batch_max),
+        |prefetch, batch_max| usize::from(prefetch) >= batch_max,
+        |prefetch, batch_max| {
+            Complaint::new(
+                format!("({prefetch}) is below `batch_max` ({batch_max})"),
+                "a batch cannot hold more than was prefetched: raise `prefetch` or lower \
+                 `batch_max`",
+            )
+        },
+    );
+    let max_body = section.size("max_body", &defaults::MAX_BODY);
+    let identity = section
+        .text("identity")
+        .then(|text| parse_identity(&text))
+        .or(defaults::IDENTITY);
+    let confirm_duplicates = section.boolean("confirm_duplicates", defaults::CONFIRM_DUPLICATES);
+    let claim = claim(section, statement_timeout);
+    let topology = topology::topology(section, name.as_ref(), names);
+    let handler = handler(section);
+    Some(Consumer {
+        name: name?.value,
+        workers: workers.value,
+        prefetch: prefetch.value,
+        batch_max: batch_max.value,
+        max_body: max_body.value,
+        identity: identity.value,
+        confirm_duplicates: confirm_duplicates.value,
+        claim,
+        topology: topology?,
+        handler: handler?,
+    })
+}
+
+fn check_name(name: String) -> Result<String, Complaint> {
+    let most = defaults::CONSUMER_NAME_MAX;
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    if (1..=most).contains(&name.len()) && name.bytes().all(allowed) {
+        return Ok(name);
+    }
+    Err(Complaint::new(
+        format!("cannot be {}", shown(&name)),
+        format!("allowed: 1 to {most} characters of a-z A-Z 0-9 . _ -"),
+    ))
+}
+
+fn refuse_second(section: &Section<'_>, name: &Field<String>, seen: &mut BTreeMap<String, Span>) {
+    match seen.get(&name.value) {
+        None => {
+            seen.insert(name.value.clone(), name.span);
+        }
+        Some(first) => {
+            let line = section.reader.source.line_number(first.start);
+            section.reader.report(
+                name.span,
+                format!("`name` {} is taken by line {line}", shown(&name.value)),
+                "names keep the consumers apart in ledger and claims: choose another",
+            );
+        }
+    }
+}
+
+/// Reads `message-id`, `header:NAME`, `json:/POINTER` or `body`.
+fn parse_identity(text: &str) -> Result<Identity, Complaint> {
+    if text == "message-id" {
+        return Ok(Identity::MessageId);
+    }
+    if text == "body" {
+        return Ok(Identity::Body);
+    }
+    if let Some(name) = text.strip_prefix("header:") {
+        let most = defaults::HEADER_NAME_MAX;
+        if (1..=most).contains(&name.len()) {
+            return Ok(Identity::Header(name.to_owned()));
+        }
+        return Err(Complaint::new(
+            "names no usable header",
+            format!("write header:NAME with a name of 1 to {most} bytes"),
+        ));
+    }
+    if let Some(pointer) = text.strip_prefix("json:") {
+        return check_pointer(pointer).map(|()| Identity::Json(pointer.to_owned()));
+    }
+    let hint = match keys::nearest(text, &["message-id", "body"]) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => "allowed: message-id, header:NAME, json:/POINTER, body".to_owned(),
+    };
+    Err(Complaint::new(format!("cannot be {}", shown(text)), hint))
+}
+
+fn check_pointer(pointer: &str) -> Result<(), Complaint> {
+    if !pointer.starts_with('/') {
+        return Err(Complaint::new(
+            "has a JSON pointer that does not begin with `/`",
+            "write it like json:/order/id",
+        ));
+    }
+    let escapes_are_whole = pointer
+        .split('~')
+        .skip(1)
+        .all(|after| after.starts_with(['0', '1']));
+    if !escapes_are_whole {
+        return Err(Complaint::new(
+            "has a JSON pointer with a lone `~`",
+            "write ~ in a name as ~0, and / as ~1",
+        ));
+    }
+    Ok(())
+}
+
+fn claim(consumer: &Section<'_>, statement_timeout: &Field<Duration>) -> Claim {
+    let section = consumer.section("claim", &keys::CLAIM);
+    let lease = section.duration("lease", &defaults::LEASE);
+    let renew_every = section.duration("renew_every", &defaults::RENEW_EVERY);
+    let done_ttl = section.duration("done_ttl", &defaults::DONE_TTL);
+    let recheck_every = section.duration("recheck_every", &defaults::RECHECK_EVERY);
+    compare(
+        section.reader,
+        (&renew_every, &lease),
+        |renew_every, lease| renew_every.saturating_mul(2) <= lease,
+        |renew_every, lease| {
+            Complaint::new(
+                format!(
+                    "({}) is more than half of `lease` ({})",
+                    duration::format(renew_every),
+                    duration::format(lease)
+                ),
+                "a lease shorter than its renewal runs out while the work goes on: lower \
+                 `renew_every` or raise `lease`",
+            )
+        },
+    );
+    compare(
+        section.reader,
+        (&lease, statement_timeout),
+        |lease, statement| lease > statement,
+        |lease, statement| {
+            Complaint::new(
+                format!(
+                    "({}) is not longer than `statement_timeout` in [postgres] ({})",
+                    duration::format(lease),
+                    duration::format(statement)
+                ),
+                "a transaction must not outlive its claim: raise `lease` or lower \
+                 `statement_timeout`",
+            )
+        },
+    );
+    compare(
+        section.reader,
+        (&done_ttl, &lease),
+        |done_ttl, lease| done_ttl >= lease,
+        |done_ttl, lease| {
+            Complaint::new(
+                format!(
+                    "({}) is shorter than `lease` ({})",
+                    duration::format(done_ttl),
+                    duration::format(lease)
+                ),
+                "remember applied messages at least as long as claimed ones",
+            )
+        },
+    );
+    Claim {
+        lease: lease.value,
+        renew_every: renew_every.value,
+        done_ttl: done_ttl.value,
+        recheck_every: recheck_every.value,
+    }
+}
+
+/// `None` where something is wrong, which is reported.
+fn handler(consumer: &Section<'_>) -> Option<Handler> {
+    let section = consumer.section("handler", &keys::HANDLER);
+    let kind = section
+        .text("type")
+        .then(|kind| match kind.as_str() {
+            "sql" => Ok(()),
+            _ => Err(Complaint::new(
+                format!("cannot be {}", shown(&kind)),
+                "allowed: sql",
+            )),
+        })
+        .required("add type = \"sql\", and `file` or `sql` with the statements");
+    let (has_file, has_sql) = (section.has("file"), section.has("sql"));
+    if has_file && has_sql {
+        section.reader.report(
+            section.span_of("sql"),
+            "both `file` and `sql` in [consumer.handler]",
+            "keep one of them",
+        );
+        return None;
+    }
+    let handler = if has_file {
+        section
+            .text("file")
+            .then(|path| read_handler(&section, &path))
+    } else {
+        section.text("sql").then(|text| {
+            check_sql(&text)?;
+            Ok(SqlHandler {
+                text,
+                origin: INLINE.to_owned(),
+            })
+        })
+    };
+    let handler = if has_file || has_sql {
+        handler.optional()
+    } else {
+        if kind.is_some() {
+            section.report_missing("file", "add `file` with the path of a .sql file, or `sql`");
+        }
+        None
+    };
+    kind.and(handler).map(|field| Handler::Sql(field.value))
+}
+
+/// The origin of statements that stand in the configuration itself. No path
+/// looks like it: those are absolute.
+pub(super) const INLINE: &str = "inline";
+
+fn read_handler(section: &Section<'_>, path: &str) -> Result<SqlHandler, Complaint> {
+    let path = files::resolve(section.reader.folder, path);
+    let text = files::read_text(&path, defaults::HANDLER_FILE_MAX)
+        .map_err(|unreadable| unreadable.complaint(&path))?;
+    let origin = path.display().to_string();
+    check_sql(&text).map_err(|complaint| Complaint {
+        message: format!("{}: {origin}", complaint.message),
+        hint: complaint.hint,
+    })?;
+    Ok(SqlHandler { text, origin })
+}
+
+fn check_sql(text: &str) -> Result<(), Complaint> {
+    if text.trim().is_empty() {
+        return Err(Complaint::new(
+            "holds no statement",
+            "write the statements that apply the relation `message`",
+        ));
+    }
+    if text.contains('\0') {
+        return Err(Complaint::new(
+            "holds a NUL character",
+            "PostgreSQL text cannot hold one: is it a .sql file?",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_identity_is_read() {
+        for (text, identity) in [
+            ("message-id", Identity::MessageId),
+            ("body", Identity::Body),
+            ("header:x-id", Identity::Header("x-id".into())),
+            ("json:/a~1b/~0/0", Identity::Json("/a~1b/~0/0".into())),
+            ("json:/", Identity::Json("/".into())),
+        ] {
+            assert_eq!(parse_identity(text), Ok(identity), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_identity_that_finds_nothing_is_refused() {
+        let long = format!("header:{}", "x".repeat(129));
+        for text in [
+            "",
+            "message_id",
+            "Body",
+            "header:",
+            &long,
+            "json:",
+            "json:id",
+            "json:/~",
+            "json:/~2",
+        ] {
+            assert!(parse_identity(text).is_err(), "{text}");
+        }
+        let slip = parse_identity("message_id").unwrap_err();
+        assert_eq!(slip.hint, "did you mean `message-id`?");
+    }
+}

@@ -1,0 +1,115 @@
+//! Every default, and the bounds of everything that has bounds: the one place
+//! for both. The shipped `config.toml` is tested against it.
+
+use std::time::Duration;
+
+use super::checked::{Identity, QueueType};
+
+/// What a number or a duration is when nothing is said, and the least and most
+/// it may be.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting<T> {
+    /// When nothing is said.
+    pub default: T,
+    /// Least.
+    pub min: T,
+    /// Most.
+    pub max: T,
+}
+
+const fn setting<T>(default: T, min: T, max: T) -> Setting<T> {
+    Setting { default, min, max }
+}
+
+const fn ms(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds)
+}
+
+const SECOND: u64 = 1_000;
+const MINUTE: u64 = 60 * SECOND;
+const HOUR: u64 = 60 * MINUTE;
+const DAY: u64 = 24 * HOUR;
+
+/// `[broker] heartbeat`; two missed ones end a connection.
+pub const HEARTBEAT: Setting<Duration> = setting(ms(10 * SECOND), ms(5 * SECOND), ms(15 * SECOND));
+/// `[broker] connect_timeout`
+pub const BROKER_CONNECT_TIMEOUT: Setting<Duration> =
+    setting(ms(10 * SECOND), ms(100), ms(5 * MINUTE));
+
+/// `[redis] enabled`
+pub const REDIS_ENABLED: bool = true;
+/// `[redis] key_prefix`
+pub const REDIS_KEY_PREFIX: &str = "ackonce";
+/// Longest `[redis] key_prefix`, in visible ASCII characters.
+pub const REDIS_KEY_PREFIX_MAX: usize = 64;
+/// `[redis] connect_timeout`
+pub const REDIS_CONNECT_TIMEOUT: Setting<Duration> = setting(ms(SECOND), ms(10), ms(MINUTE));
+/// `[redis] timeout`
+pub const REDIS_TIMEOUT: Setting<Duration> = setting(ms(500), ms(10), ms(MINUTE));
+
+/// `[postgres] connect_timeout`
+pub const POSTGRES_CONNECT_TIMEOUT: Setting<Duration> =
+    setting(ms(5 * SECOND), ms(100), ms(5 * MINUTE));
+/// `[postgres] statement_timeout`
+pub const STATEMENT_TIMEOUT: Setting<Duration> = setting(ms(15 * SECOND), ms(100), ms(HOUR));
+/// `[postgres] lock_timeout`
+pub const LOCK_TIMEOUT: Setting<Duration> = setting(ms(5 * SECOND), ms(10), ms(HOUR));
+/// `[postgres] idle_in_transaction_timeout`
+pub const IDLE_IN_TRANSACTION_TIMEOUT: Setting<Duration> =
+    setting(ms(20 * SECOND), ms(100), ms(HOUR));
+/// `[postgres] auto_migrate`
+pub const AUTO_MIGRATE: bool = true;
+
+/// `[daemon] shutdown_timeout`
+pub const SHUTDOWN_TIMEOUT: Setting<Duration> = setting(ms(25 * SECOND), ms(100), ms(HOUR));
+/// `[daemon] reconnect_min`
+pub const RECONNECT_MIN: Setting<Duration> = setting(ms(100), ms(10), ms(MINUTE));
+/// `[daemon] reconnect_max`
+pub const RECONNECT_MAX: Setting<Duration> = setting(ms(10 * SECOND), ms(10), ms(10 * MINUTE));
+
+/// Longest `[[consumer]] name`, in characters.
+pub const CONSUMER_NAME_MAX: usize = 64;
+/// `[[consumer]] workers`, threads.
+pub const WORKERS: Setting<usize> = setting(4, 1, 256);
+/// `[[consumer]] prefetch`, deliveries.
+pub const PREFETCH: Setting<u16> = setting(1024, 1, 65_535);
+/// `[[consumer]] batch_max`, messages.
+pub const BATCH_MAX: Setting<usize> = setting(256, 1, 4096);
+/// `[[consumer]] max_body`, bytes. RabbitMQ itself takes no more than 512 MiB.
+pub const MAX_BODY: Setting<usize> = setting(32 << 20, 1, 512 << 20);
+/// `[[consumer]] identity`
+pub const IDENTITY: Identity = Identity::MessageId;
+/// Longest NAME in `header:NAME`, in bytes.
+pub const HEADER_NAME_MAX: usize = 128;
+/// `[[consumer]] confirm_duplicates`
+pub const CONFIRM_DUPLICATES: bool = false;
+
+/// `[consumer.claim] lease`
+pub const LEASE: Setting<Duration> = setting(ms(30 * SECOND), ms(200), ms(HOUR));
+/// `[consumer.claim] renew_every`
+pub const RENEW_EVERY: Setting<Duration> = setting(ms(10 * SECOND), ms(50), ms(30 * MINUTE));
+/// `[consumer.claim] done_ttl`
+pub const DONE_TTL: Setting<Duration> = setting(ms(DAY), ms(SECOND), ms(365 * DAY));
+/// `[consumer.claim] recheck_every`
+pub const RECHECK_EVERY: Setting<Duration> = setting(ms(500), ms(10), ms(MINUTE));
+
+/// `[consumer.topology] queue_type`
+pub const QUEUE_TYPE: QueueType = QueueType::Quorum;
+/// `[consumer.topology] delivery_limit` of a quorum queue, deliveries.
+pub const DELIVERY_LIMIT: Setting<u32> = setting(100, 1, 1_000_000);
+/// Appended to the queue's name for `dead_letter_exchange`.
+pub const DEAD_LETTER_EXCHANGE_SUFFIX: &str = ".dlx";
+/// Appended to the queue's name for `dead_letter_queue`.
+pub const DEAD_LETTER_QUEUE_SUFFIX: &str = ".dead";
+/// Longest name of a queue or exchange and longest routing key, in bytes: an
+/// AMQP short string.
+pub const AMQP_NAME_MAX: usize = 255;
+
+/// Longest configuration file, in bytes.
+pub const CONFIG_FILE_MAX: usize = 1 << 20;
+/// Longest file of a handler, in bytes.
+pub const HANDLER_FILE_MAX: usize = 1 << 20;
+/// Longest file that holds a URL, in bytes.
+pub const URL_FILE_MAX: usize = 16 << 10;
+/// Longest file of certificates, in bytes.
+pub const CA_FILE_MAX: usize = 4 << 20;

@@ -1,0 +1,64 @@
+//! Reading the few files that a configuration consists of, each with a bound.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use super::error::Complaint;
+
+/// Why a file gives no text.
+pub(super) enum Unreadable {
+    /// The system says no.
+    Io(std::io::Error),
+    /// Longer than the limit, in bytes.
+    TooLong(usize),
+    /// Not UTF-8 from this byte on; what comes before it is text.
+    NotUtf8(String),
+}
+
+impl Unreadable {
+    /// The complaint about a value that names `path`.
+    pub(super) fn complaint(&self, path: &Path) -> Complaint {
+        let path = path.display();
+        match self {
+            Self::Io(cause) => Complaint::new(
+                format!("cannot be read from {path}: {cause}"),
+                "relative paths start at the configuration file's folder; the daemon's user needs \
+                 to be allowed to read the file",
+            ),
+            Self::TooLong(limit) => Complaint::new(
+                format!("cannot be read from {path}: longer than {limit} bytes"),
+                "name the right file",
+            ),
+            Self::NotUtf8(valid) => Complaint::new(
+                format!(
+                    "cannot be read from {path}: not UTF-8 at byte {}",
+                    valid.len() + 1
+                ),
+                "save the file as UTF-8",
+            ),
+        }
+    }
+}
+
+/// The whole text of `path`, if it has at most `limit` bytes.
+pub(super) fn read_text(path: &Path, limit: usize) -> Result<String, Unreadable> {
+    let file = std::fs::File::open(path).map_err(Unreadable::Io)?;
+    let mut bytes = Vec::new();
+    file.take(limit as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(Unreadable::Io)?;
+    if bytes.len() > limit {
+        return Err(Unreadable::TooLong(limit));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        Unreadable::NotUtf8(String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned())
+    })
+}
+
+/// `path` as seen from `folder`, made absolute so that it names the same file
+/// wherever the configuration is printed to.
+pub(super) fn resolve(folder: &Path, path: &str) -> PathBuf {
+    let joined = folder.join(path);
+    std::path::absolute(&joined).unwrap_or(joined)
+}

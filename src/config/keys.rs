@@ -1,0 +1,143 @@
+//! Every section and key there is, and what was meant by one there is not.
+
+/// A section and its keys, subsections included.
+#[derive(Debug)]
+pub struct Keys {
+    /// The section as it is typed, with its brackets.
+    pub title: &'static str,
+    /// The keys, in the order they are printed.
+    pub keys: &'static [&'static str],
+}
+
+impl Keys {
+    /// `in [broker]`, `at the top level`.
+    pub(super) fn whereabouts(&self) -> String {
+        let word = if self.title.starts_with('[') { "in" } else { "at" };
+        format!("{word} {}", self.title)
+    }
+}
+
+/// The sections of the file.
+pub const ROOT: Keys = Keys {
+    title: "the top level",
+    keys: &["broker", "redis", "postgres", "daemon", "consumer"],
+};
+/// `[broker]`
+pub const BROKER: Keys = Keys {
+    title: "[broker]",
+    keys: &["url", "url_file", "ca_file", "heartbeat", "connect_timeout"],
+};
+/// `[redis]`
+pub const REDIS: Keys = Keys {
+    title: "[redis]",
+    keys: &[
+        "enabled",
+        "url",
+        "url_file",
+        "key_prefix",
+        "connect_timeout",
+        "timeout",
+    ],
+};
+/// `[postgres]`
+pub const POSTGRES: Keys = Keys {
+    title: "[postgres]",
+    keys: &[
+        "url",
+        "url_file",
+        "connect_timeout",
+        "statement_timeout",
+        "lock_timeout",
+        "idle_in_transaction_timeout",
+        "auto_migrate",
+    ],
+};
+/// `[daemon]`
+pub const DAEMON: Keys = Keys {
+    title: "[daemon]",
+    keys: &["shutdown_timeout", "reconnect_min", "reconnect_max"],
+};
+/// `[[consumer]]`
+pub const CONSUMER: Keys = Keys {
+    title: "[[consumer]]",
+    keys: &[
+        "name",
+        "workers",
+        "prefetch",
+        "batch_max",
+        "max_body",
+        "identity",
+        "confirm_duplicates",
+        "claim",
+        "topology",
+        "handler",
+    ],
+};
+/// `[consumer.claim]`
+pub const CLAIM: Keys = Keys {
+    title: "[consumer.claim]",
+    keys: &["lease", "renew_every", "done_ttl", "recheck_every"],
+};
+/// `[consumer.topology]`
+pub const TOPOLOGY: Keys = Keys {
+    title: "[consumer.topology]",
+    keys: &[
+        "queue",
+        "queue_type",
+        "delivery_limit",
+        "dead_letter_exchange",
+        "dead_letter_queue",
+        "binding",
+    ],
+};
+/// `[[consumer.topology.binding]]`
+pub const BINDING: Keys = Keys {
+    title: "[[consumer.topology.binding]]",
+    keys: &["exchange", "exchange_type", "routing_key", "arguments"],
+};
+/// `[consumer.handler]`
+pub const HANDLER: Keys = Keys {
+    title: "[consumer.handler]",
+    keys: &["type", "file", "sql"],
+};
+
+/// Every section.
+pub const ALL: [&Keys; 10] = [
+    &ROOT, &BROKER, &REDIS, &POSTGRES, &DAEMON, &CONSUMER, &CLAIM, &TOPOLOGY, &BINDING, &HANDLER,
+];
+
+/// A hint for `unknown` in `section`: a name like it, else the section it
+/// belongs to, else all there are.
+pub(super) fn hint(unknown: &str, section: &Keys) -> String {
+    if let Some(near) = nearest(unknown, section.keys) {
+        return format!("did you mean `{near}`?");
+    }
+    let homes: Vec<&str> = ALL
+        .iter()
+        .filter(|home| home.keys.contains(&unknown))
+        .map(|home| home.title)
+        .collect();
+    if !homes.is_empty() {
+        return format!("`{unknown}` belongs to {}", homes.join(" or "));
+    }
+    format!("{} has: {}", section.title, section.keys.join(", "))
+}
+
+/// The candidate that `word` is most likely a slip of, if any is near: at most
+/// a third of it differs.
+pub(super) fn nearest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str> {
+    let longest = candidates.iter().map(|candidate| candidate.len()).max()?;
+    if word.len() > 2 * longest {
+        return None;
+    }
+    let word = word.to_lowercase().replace('-', "_");
+    candidates
+        .iter()
+        .map(|candidate| {
+            let plain = candidate.replace('-', "_");
+            (strsim::damerau_levenshtein(&word, &plain), *candidate)
+        })
+        .filter(|(distance, candidate)| *distance * 3 <= candidate.len().max(3))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}

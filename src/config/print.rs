@@ -1,0 +1,199 @@
+//! A checked configuration as TOML text that [`super::parse`] reads back as
+//! the same. Every key is written, also those at their default.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+use super::checked::{
+    Binding, BindingArgument, Config, Consumer, Handler, Identity, QueueType, Secret,
+};
+use super::consumer::INLINE;
+use super::source::REDACTED;
+use super::topology::exchange_type_name;
+use super::{duration, interpolate, size};
+
+/// The configuration as it will be used. With `show_secrets`, reading it back
+/// gives the same configuration; otherwise each URL is `"<redacted>"`.
+#[must_use]
+pub fn to_toml(config: &Config, show_secrets: bool) -> String {
+    let mut out = Writer {
+        text: String::new(),
+        show_secrets,
+    };
+    out.servers(config);
+    for consumer in &config.consumers {
+        out.consumer(consumer);
+    }
+    out.text
+}
+
+struct Writer {
+    text: String,
+    show_secrets: bool,
+}
+
+impl Writer {
+    fn servers(&mut self, config: &Config) {
+        self.header("[broker]");
+        self.secret("url", &config.broker.url);
+        if let Some(path) = &config.broker.ca_file {
+            self.path("ca_file", path);
+        }
+        self.duration("heartbeat", config.broker.heartbeat);
+        self.duration("connect_timeout", config.broker.connect_timeout);
+
+        self.header("[redis]");
+        self.plain("enabled", config.redis.is_some());
+        if let Some(redis) = &config.redis {
+            self.secret("url", &redis.url);
+            self.string("key_prefix", &redis.key_prefix);
+            self.duration("connect_timeout", redis.connect_timeout);
+            self.duration("timeout", redis.timeout);
+        }
+
+        let postgres = &config.postgres;
+        self.header("[postgres]");
+        self.secret("url", &postgres.url);
+        self.duration("connect_timeout", postgres.connect_timeout);
+        self.duration("statement_timeout", postgres.statement_timeout);
+        self.duration("lock_timeout", postgres.lock_timeout);
+        self.duration(
+            "idle_in_transaction_timeout",
+            postgres.idle_in_transaction_timeout,
+        );
+        self.plain("auto_migrate", postgres.auto_migrate);
+
+        self.header("[daemon]");
+        self.duration("shutdown_timeout", config.daemon.shutdown_timeout);
+        self.duration("reconnect_min", config.daemon.reconnect_min);
+        self.duration("reconnect_max", config.daemon.reconnect_max);
+    }
+
+    fn consumer(&mut self, consumer: &Consumer) {
+        self.header("[[consumer]]");
+        self.string("name", &consumer.name);
+        self.plain("workers", consumer.workers);
+        self.plain("prefetch", consumer.prefetch);
+        self.plain("batch_max", consumer.batch_max);
+        self.string("max_body", &size::format(consumer.max_body as u64));
+        let identity = match &consumer.identity {
+            Identity::MessageId => "message-id".to_owned(),
+            Identity::Header(name) => format!("header:{name}"),
+            Identity::Json(pointer) => format!("json:{pointer}"),
+            Identity::Body => "body".to_owned(),
+        };
+        self.string("identity", &identity);
+        self.plain("confirm_duplicates", consumer.confirm_duplicates);
+
+        self.header("[consumer.claim]");
+        self.duration("lease", consumer.claim.lease);
+        self.duration("renew_every", consumer.claim.renew_every);
+        self.duration("done_ttl", consumer.claim.done_ttl);
+        self.duration("recheck_every", consumer.claim.recheck_every);
+
+        let topology = &consumer.topology;
+        self.header("[consumer.topology]");
+        self.string("queue", &topology.queue);
+        let queue_type = match topology.queue_type {
+            QueueType::Quorum => "quorum",
+            QueueType::Classic => "classic",
+        };
+        self.string("queue_type", queue_type);
+        if let Some(limit) = topology.delivery_limit {
+            self.plain("delivery_limit", limit);
+        }
+        self.string("dead_letter_exchange", &topology.dead_letter_exchange);
+        self.string("dead_letter_queue", &topology.dead_letter_queue);
+        for binding in &topology.bindings {
+            self.binding(binding);
+        }
+
+        self.header("[consumer.handler]");
+        let Handler::Sql(handler) = &consumer.handler;
+        self.string("type", "sql");
+        if handler.origin == INLINE {
+            self.string("sql", &handler.text);
+        } else {
+            self.string("file", &handler.origin);
+        }
+    }
+
+    fn binding(&mut self, binding: &Binding) {
+        self.header("[[consumer.topology.binding]]");
+        self.string("exchange", &binding.exchange);
+        self.string("exchange_type", exchange_type_name(binding.exchange_type));
+        self.string("routing_key", &binding.routing_key);
+        if binding.arguments.is_empty() {
+            return;
+        }
+        let arguments: Vec<String> = binding
+            .arguments
+            .iter()
+            .map(|(name, value)| {
+                let value = match value {
+                    BindingArgument::Text(text) => quoted(&interpolate::escape(text)),
+                    BindingArgument::Integer(number) => number.to_string(),
+                    BindingArgument::Boolean(value) => value.to_string(),
+                };
+                format!("{} = {value}", quoted(name))
+            })
+            .collect();
+        self.plain("arguments", format_args!("{{ {} }}", arguments.join(", ")));
+    }
+
+    fn header(&mut self, title: &str) {
+        if !self.text.is_empty() {
+            self.text.push('\n');
+        }
+        self.text.push_str(title);
+        self.text.push('\n');
+    }
+
+    fn plain(&mut self, key: &str, value: impl std::fmt::Display) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(self.text, "{key} = {value}");
+    }
+
+    fn string(&mut self, key: &str, value: &str) {
+        self.plain(key, quoted(&interpolate::escape(value)));
+    }
+
+    fn path(&mut self, key: &str, value: &Path) {
+        self.string(key, &value.display().to_string());
+    }
+
+    fn duration(&mut self, key: &str, value: Duration) {
+        self.string(key, &duration::format(value));
+    }
+
+    fn secret(&mut self, key: &str, value: &Secret) {
+        let text = if self.show_secrets {
+            value.expose()
+        } else {
+            REDACTED
+        };
+        self.string(key, text);
+    }
+}
+
+/// `text` as a TOML string on one line.
+fn quoted(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('"');
+    for character in text.chars() {
+        match character {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\t' => out.push_str("\\t"),
+            '\r' => out.push_str("\\r"),
+            control if control.is_control() => {
+                let _ = write!(out, "\\u{:04X}", u32::from(control));
+            }
+            other => out.push(other),
+        }
+    }
+    out.push('"');
+    out
+}

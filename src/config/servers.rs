@@ -1,0 +1,203 @@
+//! `[broker]`, `[redis]`, `[postgres]` and `[daemon]`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::checked::{Broker, Daemon, Postgres, Redis, Secret};
+use super::error::Complaint;
+use super::reader::{Field, Section, compare};
+use super::{defaults, duration, files, keys, urls};
+
+/// `None` where something is wrong, which is reported.
+pub(super) fn broker(root: &Section<'_>) -> Option<Broker> {
+    let section = root.section("broker", &keys::BROKER);
+    let url = url(&section, urls::check_amqp);
+    let ca_file = section
+        .text("ca_file")
+        .then(|path| certificate_file(&section, &path))
+        .optional();
+    if let (Some(ca_file), Some(url)) = (&ca_file, &url)
+        && !urls::is_tls(url.expose())
+    {
+        section.reader.report(
+            ca_file.span,
+            "`ca_file` is given, but the URL does not ask for TLS",
+            "begin the URL with amqps://, or leave out `ca_file`",
+        );
+    }
+    let heartbeat = section.duration("heartbeat", &defaults::HEARTBEAT);
+    if heartbeat.value.subsec_millis() != 0 {
+        section.reader.report(
+            heartbeat.span,
+            format!(
+                "`heartbeat` must be whole seconds, found {}",
+                duration::format(heartbeat.value)
+            ),
+            "AMQP counts heartbeats in seconds: \"10s\"",
+        );
+    }
+    let connect_timeout = section.duration("connect_timeout", &defaults::BROKER_CONNECT_TIMEOUT);
+    Some(Broker {
+        url: url?,
+        ca_file: ca_file.map(|field| field.value),
+        heartbeat: heartbeat.value,
+        connect_timeout: connect_timeout.value,
+    })
+}
+
+fn certificate_file(section: &Section<'_>, path: &str) -> Result<PathBuf, Complaint> {
+    let path = files::resolve(section.reader.folder, path);
+    let text = files::read_text(&path, defaults::CA_FILE_MAX)
+        .map_err(|unreadable| unreadable.complaint(&path))?;
+    if text.contains("-----BEGIN CERTIFICATE-----") {
+        return Ok(path);
+    }
+    Err(Complaint::new(
+        format!("holds no certificate: {}", path.display()),
+        "it must be a PEM file with at least one BEGIN CERTIFICATE line",
+    ))
+}
+
+/// `None` where something is wrong, which is reported; `Some(None)` when
+/// Redis is switched off.
+pub(super) fn redis(root: &Section<'_>) -> Option<Option<Redis>> {
+    let section = root.section("redis", &keys::REDIS);
+    let enabled = section.boolean("enabled", defaults::REDIS_ENABLED);
+    if !enabled.value {
+        return Some(None);
+    }
+    let url = url(&section, urls::check_redis);
+    let key_prefix = section
+        .text("key_prefix")
+        .then(check_key_prefix)
+        .or(defaults::REDIS_KEY_PREFIX.to_owned());
+    let connect_timeout = section.duration("connect_timeout", &defaults::REDIS_CONNECT_TIMEOUT);
+    let timeout = section.duration("timeout", &defaults::REDIS_TIMEOUT);
+    Some(Some(Redis {
+        url: url?,
+        key_prefix: key_prefix.value,
+        connect_timeout: connect_timeout.value,
+        timeout: timeout.value,
+    }))
+}
+
+fn check_key_prefix(prefix: String) -> Result<String, Complaint> {
+    let most = defaults::REDIS_KEY_PREFIX_MAX;
+    let visible = prefix.bytes().all(|byte| byte.is_ascii_graphic());
+    if visible && (1..=most).contains(&prefix.len()) {
+        return Ok(prefix);
+    }
+    Err(Complaint::new(
+        "cannot begin a Redis key",
+        format!("allowed: 1 to {most} visible ASCII characters, no spaces"),
+    ))
+}
+
+/// What others need to know of `[postgres]`: the section, `None` where
+/// something is wrong, and its statement timeout.
+pub(super) fn postgres(root: &Section<'_>) -> (Option<Postgres>, Field<Duration>) {
+    let section = root.section("postgres", &keys::POSTGRES);
+    let url = url(&section, urls::check_postgres);
+    let connect_timeout = section.duration("connect_timeout", &defaults::POSTGRES_CONNECT_TIMEOUT);
+    let statement_timeout = section.duration("statement_timeout", &defaults::STATEMENT_TIMEOUT);
+    let lock_timeout = section.duration("lock_timeout", &defaults::LOCK_TIMEOUT);
+    let idle = section.duration(
+        "idle_in_transaction_timeout",
+        &defaults::IDLE_IN_TRANSACTION_TIMEOUT,
+    );
+    compare(
+        section.reader,
+        (&idle, &statement_timeout),
+        |idle, statement| idle >= statement,
+        |idle, statement| {
+            Complaint::new(
+                format!(
+                    "({}) is shorter than `statement_timeout` ({})",
+                    duration::format(idle),
+                    duration::format(statement)
+                ),
+                "give a transaction at least the time of its statements",
+            )
+        },
+    );
+    let auto_migrate = section.boolean("auto_migrate", defaults::AUTO_MIGRATE);
+    let postgres = url.map(|url| Postgres {
+        url,
+        connect_timeout: connect_timeout.value,
+        statement_timeout: statement_timeout.value,
+        lock_timeout: lock_timeout.value,
+        idle_in_transaction_timeout: idle.value,
+        auto_migrate: auto_migrate.value,
+    });
+    (postgres, statement_timeout)
+}
+
+pub(super) fn daemon(root: &Section<'_>) -> Daemon {
+    let section = root.section("daemon", &keys::DAEMON);
+    let shutdown_timeout = section.duration("shutdown_timeout", &defaults::SHUTDOWN_TIMEOUT);
+    let least = section.duration("reconnect_min", &defaults::RECONNECT_MIN);
+    let most = section.duration("reconnect_max", &defaults::RECONNECT_MAX);
+    compare(
+        section.reader,
+        (&least, &most),
+        |least, most| least <= most,
+        |least, most| {
+            Complaint::new(
+                format!(
+                    "({}) is longer than `reconnect_max` ({})",
+                    duration::format(least),
+                    duration::format(most)
+                ),
+                "the first wait cannot be longer than the longest",
+            )
+        },
+    );
+    Daemon {
+        shutdown_timeout: shutdown_timeout.value,
+        reconnect_min: least.value,
+        reconnect_max: most.value,
+    }
+}
+
+/// The URL from `url` or from the file that `url_file` names.
+fn url(section: &Section<'_>, check: fn(&str) -> Result<(), Complaint>) -> Option<Secret> {
+    if section.has("url") {
+        section.reader.source.hide(section.span_of("url"));
+    }
+    let accept = |text: String| check(&text).map(|()| Secret::new(text));
+    if section.has("url") && section.has("url_file") {
+        section.reader.report(
+            section.span_of("url_file"),
+            format!("both `url` and `url_file` in {}", section.keys.title),
+            "keep one of them",
+        );
+        return None;
+    }
+    let found = if section.has("url_file") {
+        let read = |path: String| read_url_file(section, &path);
+        section.text("url_file").then(read).then(accept)
+    } else {
+        section.text("url").then(accept)
+    };
+    let hint = if section.keys.title == keys::REDIS.title {
+        "add `url`, or `url_file` with the path of a file that holds it; without Redis: \
+         enabled = false"
+    } else {
+        "add `url`, or `url_file` with the path of a file that holds it"
+    };
+    found.required(hint).map(|field| field.value)
+}
+
+fn read_url_file(section: &Section<'_>, path: &str) -> Result<String, Complaint> {
+    let path = files::resolve(section.reader.folder, path);
+    let text = files::read_text(&path, defaults::URL_FILE_MAX)
+        .map_err(|unreadable| unreadable.complaint(&path))?;
+    let url = text.trim_end_matches(['\r', '\n']);
+    if url.is_empty() {
+        return Err(Complaint::new(
+            format!("names an empty file: {}", path.display()),
+            "write the URL into it, and nothing else",
+        ));
+    }
+    Ok(url.to_owned())
+}

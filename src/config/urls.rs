@@ -1,0 +1,259 @@
+//! Is this plausibly the URL of that server? Complaints never repeat any part
+//! of a URL: a slip of the pen can make any part of it the password.
+
+use percent_encoding::percent_decode_str;
+use url::Url;
+
+use super::error::Complaint;
+
+/// `amqp://` and `amqps://`.
+pub(super) fn check_amqp(text: &str) -> Result<(), Complaint> {
+    const EXAMPLE: &str = "write it like amqp://USER:PASSWORD@HOST:5672/VHOST";
+    let url = parse(text, &["amqp", "amqps"], EXAMPLE)?;
+    require_host(&url, EXAMPLE)?;
+    if url.path().trim_start_matches('/').contains('/') || url.path().starts_with("//") {
+        return Err(Complaint::new(
+            "has more than one part after its host",
+            "the path is the vhost; write a slash in it as %2f, as in amqp://HOST/%2f",
+        ));
+    }
+    let decodable = |part: &str| percent_decode_str(part).decode_utf8().is_ok();
+    if !decodable(url.path()) || !decodable(url.username()) {
+        return Err(Complaint::new(
+            "has a %-sequence that is not UTF-8",
+            "encode special characters as UTF-8, as in %C3%A9 for é",
+        ));
+    }
+    refuse_amqp_parameters(&url)
+}
+
+fn refuse_amqp_parameters(url: &Url) -> Result<(), Complaint> {
+    if url.fragment().is_some() {
+        return Err(Complaint::new(
+            "has a part after `#`",
+            "write a # in the password as %23",
+        ));
+    }
+    let Some((name, _)) = url.query_pairs().next() else {
+        return match url.query() {
+            None => Ok(()),
+            Some(_) => Err(Complaint::new("ends in a bare `?`", "leave it out")),
+        };
+    };
+    let (name, hint) = match name.as_ref() {
+        "heartbeat" => ("heartbeat", "set `heartbeat` in [broker] instead"),
+        "connection_timeout" => (
+            "connection_timeout",
+            "set `connect_timeout` in [broker] instead",
+        ),
+        "cacertfile" => ("cacertfile", "set `ca_file` in [broker] instead"),
+        "channel_max" => (
+            "channel_max",
+            "leave it out: the daemon knows what it needs",
+        ),
+        _ => {
+            return Err(Complaint::new(
+                "has an unknown parameter after `?`",
+                "URLs take no parameters here; write a ? in the password as %3F",
+            ));
+        }
+    };
+    Err(Complaint::new(format!("has the parameter `{name}`"), hint))
+}
+
+/// `redis://`, `rediss://` and, for a socket, `unix://` and `redis+unix://`.
+pub(super) fn check_redis(text: &str) -> Result<(), Complaint> {
+    const EXAMPLE: &str =
+        "write it like redis://:PASSWORD@HOST:6379/0, rediss://… for TLS, or unix:///PATH";
+    let url = parse(text, &["redis", "rediss", "redis+unix", "unix"], EXAMPLE)?;
+    if matches!(url.scheme(), "redis+unix" | "unix") {
+        return match url.to_file_path() {
+            Ok(path) if path.file_name().is_some() => Ok(()),
+            _ => Err(Complaint::new("names no socket", EXAMPLE)),
+        };
+    }
+    require_host(&url, EXAMPLE)?;
+    if matches!(url.host_str(), Some("0.0.0.0" | "[::]")) {
+        return Err(Complaint::new(
+            "has a wildcard for its host",
+            "name the address to connect to, such as 127.0.0.1",
+        ));
+    }
+    let database = url.path().trim_matches('/');
+    if !database.is_empty() && database.parse::<u32>().is_err() {
+        return Err(Complaint::new(
+            "has a path that is not a database's number",
+            EXAMPLE,
+        ));
+    }
+    let insecure = url.scheme() == "rediss" && url.fragment() == Some("insecure");
+    if url.fragment().is_some() && !insecure {
+        return Err(Complaint::new(
+            "has a part after `#`",
+            "write a # in the password as %23",
+        ));
+    }
+    Ok(())
+}
+
+/// `postgres://` and `postgresql://`.
+pub(super) fn check_postgres(text: &str) -> Result<(), Complaint> {
+    const EXAMPLE: &str = "write it like postgres://USER:PASSWORD@HOST:5432/DATABASE, or with ?host=/FOLDER for a \
+         socket";
+    let url = parse(text, &["postgres", "postgresql"], EXAMPLE)?;
+    let named = url
+        .query_pairs()
+        .any(|(name, value)| matches!(name.as_ref(), "host" | "hostaddr") && !value.is_empty());
+    if !named {
+        require_host(&url, EXAMPLE)?;
+    }
+    if url.fragment().is_some() {
+        return Err(Complaint::new(
+            "has a part after `#`",
+            "write a # in the password as %23",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether an AMQP URL asks for TLS.
+pub(super) fn is_tls(text: &str) -> bool {
+    text.get(..6)
+        .is_some_and(|scheme| scheme.eq_ignore_ascii_case("amqps:"))
+}
+
+fn parse(text: &str, schemes: &[&str], example: &str) -> Result<Url, Complaint> {
+    if text.is_empty() {
+        return Err(Complaint::new("is empty", example));
+    }
+    if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return Err(Complaint::new(
+            "has a space or a line break in it",
+            "write a space in a password as %20",
+        ));
+    }
+    let has_scheme = schemes.iter().any(|scheme| {
+        let rest = text.get(..scheme.len()).zip(text.get(scheme.len()..));
+        rest.is_some_and(|(start, rest)| {
+            start.eq_ignore_ascii_case(scheme) && rest.starts_with("://")
+        })
+    });
+    if !has_scheme {
+        let wanted: Vec<String> = schemes.iter().map(|s| format!("{s}://")).collect();
+        return Err(Complaint::new(
+            format!("does not begin with {}", wanted.join(" or ")),
+            example,
+        ));
+    }
+    Url::parse(text).map_err(|cause| {
+        Complaint::new(
+            format!("is not a URL: {cause}"),
+            format!("{example}; write / ? # @ in a password as %2F %3F %23 %40"),
+        )
+    })
+}
+
+fn require_host(url: &Url, example: &str) -> Result<(), Complaint> {
+    match url.host_str() {
+        Some(host) if !host.is_empty() => Ok(()),
+        _ => Err(Complaint::new("names no host", example)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plausible_urls_pass() {
+        for url in [
+            "amqp://guest:guest@127.0.0.1:5672/%2f",
+            "amqps://u:p%40@rabbit.example",
+            "amqp://[::1]:5672/",
+            "AMQP://host/vhost",
+        ] {
+            assert_eq!(check_amqp(url), Ok(()), "{url}");
+        }
+        for url in [
+            "redis://127.0.0.1:6379/0",
+            "rediss://u:p@h/3#insecure",
+            "redis://h",
+            "unix:///run/redis.sock?db=2",
+            "redis+unix:///run/redis.sock",
+        ] {
+            assert_eq!(check_redis(url), Ok(()), "{url}");
+        }
+        for url in [
+            "postgres://ackonce@127.0.0.1:5432/ackonce",
+            "postgresql://u:p@h/d?sslmode=require",
+            "postgres:///d?host=/var/run/postgresql",
+            "postgres://u@%2Fvar%2Frun%2Fpostgresql/d",
+        ] {
+            assert_eq!(check_postgres(url), Ok(()), "{url}");
+        }
+    }
+
+    #[test]
+    fn implausible_urls_are_refused_without_repeating_them() {
+        type Check = fn(&str) -> Result<(), Complaint>;
+        let cases: &[(Check, &str, &str)] = &[
+            (check_amqp, "", "is empty"),
+            (check_amqp, "hunter2", "does not begin with amqp://"),
+            (
+                check_amqp,
+                "http://u:hunter2@h",
+                "does not begin with amqp://",
+            ),
+            (check_amqp, "amqp://u:hunter2@/v", "is not a URL"),
+            (check_amqp, "amqp:///hunter2", "names no host"),
+            (check_amqp, "amqp://u:hunter2@h:99999", "is not a URL"),
+            (
+                check_amqp,
+                "amqp://u:1/hunter2@h/v",
+                "has more than one part",
+            ),
+            (check_amqp, "amqp://u:hunter2@h//", "has more than one part"),
+            (
+                check_amqp,
+                "amqp://u:1?hunter2@h/v",
+                "has an unknown parameter",
+            ),
+            (check_amqp, "amqp://u:1#hunter2@h/v", "has a part after `#`"),
+            (
+                check_amqp,
+                "amqp://h/v?heartbeat=5",
+                "has the parameter `heartbeat`",
+            ),
+            (check_amqp, "amqp://h/v?", "ends in a bare `?`"),
+            (check_amqp, "amqp://h/%ff", "has a %-sequence"),
+            (check_amqp, "amqp://u:hunter 2@h", "has a space"),
+            (check_amqp, "amqp://h/v\n", "has a space or a line break"),
+            (check_redis, "amqp://h", "does not begin with redis://"),
+            (check_redis, "redis://:hunter2@", "is not a URL"),
+            (check_redis, "redis://h/hunter2", "has a path"),
+            (check_redis, "redis://h/1/2", "has a path"),
+            (check_redis, "redis://0.0.0.0", "has a wildcard"),
+            (check_redis, "redis://h#hunter2", "has a part after `#`"),
+            (check_redis, "unix:///", "names no socket"),
+            (check_postgres, "postgres:///d", "names no host"),
+            (
+                check_postgres,
+                "postgres://u:1#hunter2@h/d",
+                "has a part after `#`",
+            ),
+            (check_postgres, "host=h password=hunter2", "has a space"),
+        ];
+        for (check, url, reason) in cases {
+            let complaint = check(url).unwrap_err();
+            assert!(
+                complaint.message.starts_with(reason),
+                "{url}: {complaint:?}"
+            );
+            assert!(!complaint.hint.is_empty(), "{url}");
+            assert!(
+                !format!("{complaint:?}").contains("hunter"),
+                "{complaint:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! The daemon: schema, consumers, reconnecting, and the stop.
+//!
+//! One thread per consumer owns its broker connection. It never blocks where
+//! it could not be stopped: opening a connection is left to a thread of its
+//! own.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use crossbeam_channel::{Receiver, bounded, select};
+
+use crate::backoff::Backoff;
+use crate::broker::connection::{self, Link};
+use crate::broker::consumer::{self, End, Feed};
+use crate::broker::topology::TopologyError;
+use crate::config::checked;
+use crate::handler;
+use crate::ledger::{self, Schema};
+use crate::message::{Epoch, Settled};
+use crate::pool::Pool;
+use crate::postgres::{self, Session};
+use crate::stop::Stop;
+
+/// Longest wait for the broker's answer when a connection is closed.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+
+/// Longest wait for a new connection's first channel.
+const CHANNEL_WITHIN: Duration = Duration::from_secs(10);
+
+/// A connection that lived this long was a good one: the next wait starts small.
+const STABLE: Duration = Duration::from_secs(30);
+
+/// Why the daemon cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Fatal {
+    /// The configuration, the schema or the topology is not what it must be.
+    #[error("{0}")]
+    Config(String),
+    /// A right is missing.
+    #[error("{0}")]
+    Denied(String),
+    /// The system does not give what a process needs.
+    #[error("{0:#}")]
+    System(#[from] anyhow::Error),
+}
+
+/// Runs every consumer until `stop`, or until one cannot go on.
+///
+/// # Errors
+///
+/// [`Fatal`], after the other consumers have been stopped too.
+pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
+    let host = host();
+    for consumer in &config.consumers {
+        handler::build(&consumer.handler).map_err(|e| Fatal::Config(e.to_string()))?;
+    }
+    if !prepare_schema(config, stop)? {
+        return Ok(());
+    }
+    // One consumer that cannot go on stops the others.
+    let (stop_all, all_stopping) = crate::stop::pair();
+    let (ended, ends) = bounded(config.consumers.len());
+    let mut threads = Vec::new();
+    for consumer in &config.consumers {
+        let runner = Runner {
+            config: config.clone(),
+            consumer: Arc::new(consumer.clone()),
+            host: host.clone(),
+            stop: all_stopping.clone(),
+        };
+        let ended = ended.clone();
+        let thread = std::thread::Builder::new()
+            .name(consumer.name.clone())
+            .spawn(move || {
+                ended.send(runner.run()).ok();
+            })
+            .context("failed to start a consumer thread")?;
+        threads.push(thread);
+    }
+    drop(ended);
+    let first = select! {
+        recv(ends) -> end => end.ok(),
+        recv(stop.as_receiver()) -> _ => None,
+    };
+    log::info!("stopping");
+    drop(stop_all);
+    let result = first.into_iter().chain(&ends).fold(Ok(()), Result::and);
+    threads.into_iter().for_each(join);
+    log::info!("stopped");
+    result
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        log::error!("a consumer thread panicked");
+    }
+}
+
+/// Host name and process id: who wrote a line of the failure journal.
+fn host() -> String {
+    let name = nix::unistd::gethostname()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    format!("{name}/{}", std::process::id())
+}
+
+/// Waits for PostgreSQL and sees to the schema. False when it is time to stop.
+fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> {
+    let backoff = backoff(config);
+    let mut tries = 0;
+    loop {
+        match try_schema(config) {
+            Ok(Schema::Current) => return Ok(true),
+            Ok(Schema::Behind(count)) => {
+                return Err(Fatal::Config(format!(
+                    "the schema ackonce lacks {count} migration(s) of this version\n  hint: run \
+                     `ackonce migrate` with a role that may create tables, or set auto_migrate"
+                )));
+            }
+            Err(error) => {
+                tries += 1;
+                if tries == 1 {
+                    log::warn!("waiting for PostgreSQL: {error}");
+                }
+                if stop.wait(backoff.delay(tries, random())) {
+                    return Ok(false);
+                }
+            }
+        }
+    }
+}
+
+fn try_schema(config: &checked::Config) -> Result<Schema, postgres::Error> {
+    let mut session = Session::open(&config.postgres, "schema")?;
+    let schema = ledger::schema(&mut session)?;
+    if schema == Schema::Current || !config.postgres.auto_migrate {
+        return Ok(schema);
+    }
+    ledger::migrate(&mut session)?;
+    log::info!("migrated the schema ackonce");
+    Ok(Schema::Current)
+}
+
+fn backoff(config: &checked::Config) -> Backoff {
+    Backoff {
+        min: config.daemon.reconnect_min,
+        max: config.daemon.reconnect_max,
+    }
+}
+
+fn random() -> u64 {
+    getrandom::u64().unwrap_or(u64::MAX)
+}
+
+/// What the end of one connection means.
+enum Next {
+    /// The connection is lost: open another one.
+    Reconnect(String),
+    /// A worker panicked: start the workers anew.
+    Restart,
+    /// The daemon stops, and what was in flight is settled.
+    Stopped,
+    /// The daemon stops without a connection to settle anything on.
+    Unconnected,
+}
+
+/// One consumer: its pool, and one broker connection after the other.
+struct Runner {
+    config: checked::Config,
+    consumer: Arc<checked::Consumer>,
+    host: String,
+    stop: Stop,
+}
+
+impl Runner {
+    fn run(self) -> Result<(), Fatal> {
+        let mut epoch = Epoch::default();
+        let mut restarts = 0;
+        loop {
+            let mut pool = Pool::start(&self.config, &self.consumer, &self.host)?;
+            let next = self.serve(&mut pool, &mut epoch);
+            pool.stop(match next {
+                // The stop has waited for the workers, or there is one to
+                // come back for.
+                Ok(Next::Stopped | Next::Restart) => Duration::ZERO,
+                _ => self.config.daemon.shutdown_timeout,
+            });
+            match next? {
+                Next::Restart => {
+                    restarts += 1;
+                    if self
+                        .stop
+                        .wait(backoff(&self.config).delay(restarts, random()))
+                    {
+                        return Ok(());
+                    }
+                }
+                Next::Stopped | Next::Unconnected | Next::Reconnect(_) => return Ok(()),
+            }
+        }
+    }
+
+    /// One connection after the other, with the same workers.
+    fn serve(&self, pool: &mut Pool, epoch: &mut Epoch) -> Result<Next, Fatal> {
+        let mut tries = 0;
+        loop {
+            epoch.0 += 1;
+            let since = Instant::now();
+            match self.connect_and_consume(pool, *epoch)? {
+                Next::Reconnect(cause) => {
+                    if since.elapsed() > STABLE {
+                        tries = 0;
+                    }
+                    tries += 1;
+                    let delay = backoff(&self.config).delay(tries, random());
+                    log::warn!(
+                        consumer = self.consumer.name.as_str(), epoch = epoch.0,
+                        retry_in_ms = delay.as_millis() as u64;
+                        "lost the broker: {cause}"
+                    );
+                    if self.wait_discarding(&pool.outbox, delay) {
+                        return Ok(Next::Unconnected);
+                    }
+                }
+                end => return Ok(end),
+            }
+        }
+    }
+
+    fn connect_and_consume(&self, pool: &mut Pool, epoch: Epoch) -> Result<Next, Fatal> {
+        let mut link = match self.open(&pool.outbox) {
+            Some(Ok(link)) => link,
+            Some(Err(cause)) => return Ok(Next::Reconnect(cause)),
+            None => return Ok(Next::Unconnected),
+        };
+        let channel = match link.open_channel(CHANNEL_WITHIN) {
+            Ok(channel) => channel,
+            Err(error) => return Ok(Next::Reconnect(error.to_string())),
+        };
+        let feed = Feed {
+            consumer: &self.consumer,
+            epoch,
+            inbox: &mut pool.inbox,
+            stopper: &mut pool.stopper,
+            unstarted: &pool.unstarted,
+            outbox: &pool.outbox,
+            panicked: &pool.panicked,
+            stop: &self.stop,
+            shutdown_timeout: self.config.daemon.shutdown_timeout,
+        };
+        let end = consumer::run(&link, &channel, feed);
+        let closed = link.close_with(channel, CLOSE_WITHIN);
+        match end {
+            Ok(End::Stopped { unfinished: 0 }) => Ok(Next::Stopped),
+            Ok(End::Stopped { unfinished }) => {
+                log::warn!(
+                    consumer = self.consumer.name.as_str(), deliveries = unfinished;
+                    "shutdown_timeout ran out: what is still in work goes back to the queue"
+                );
+                Ok(Next::Stopped)
+            }
+            Ok(End::Panicked) => Ok(Next::Restart),
+            // Why a connection died, only its close can tell.
+            Ok(End::Lost(what)) => Ok(Next::Reconnect(match closed {
+                Ok(()) => what,
+                Err(cause) => format!("{what}: {cause}"),
+            })),
+            Err(error) => match (&error, epoch.0) {
+                // What changes under a running daemon may change back.
+                (TopologyError::Mismatch { .. }, 1) => Err(Fatal::Config(error.to_string())),
+                (TopologyError::Denied { .. }, 1) => Err(Fatal::Denied(error.to_string())),
+                _ => Ok(Next::Reconnect(error.to_string())),
+            },
+        }
+    }
+
+    /// A new connection; `None` when it is time to stop.
+    fn open(&self, outbox: &Receiver<Settled>) -> Option<Result<Link, String>> {
+        let (done, opened) = bounded(1);
+        let broker = self.config.broker.clone();
+        let purpose = format!("{} consumer", self.consumer.name);
+        let spawned = std::thread::Builder::new()
+            .name(format!("{}-connect", self.consumer.name))
+            .spawn(move || {
+                // When nobody waits any more, the link ends with the message.
+                done.send(connection::open(&broker, &purpose)).ok();
+            });
+        if let Err(error) = spawned {
+            return Some(Err(format!("failed to start a thread: {error}")));
+        }
+        loop {
+            select! {
+                recv(opened) -> link => return Some(match link {
+                    Ok(Ok(link)) => Ok(link),
+                    Ok(Err(error)) => Err(error.to_string()),
+                    Err(_) => Err("the connecting thread panicked".to_owned()),
+                }),
+                recv(outbox) -> settled => match settled {
+                    Ok(settled) => self.discard(&settled),
+                    Err(_) => return Some(Err("every worker has panicked".to_owned())),
+                },
+                recv(self.stop.as_receiver()) -> _ => return None,
+            }
+        }
+    }
+
+    /// Waits without a connection. True when it is time to stop.
+    fn wait_discarding(&self, outbox: &Receiver<Settled>, delay: Duration) -> bool {
+        let deadline = Instant::now() + delay;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return self.stop.is_set();
+            }
+            select! {
+                recv(outbox) -> settled => match settled {
+                    Ok(settled) => self.discard(&settled),
+                    Err(_) => return self.stop.wait(left),
+                },
+                recv(self.stop.as_receiver()) -> _ => return true,
+                default(left) => {}
+            }
+        }
+    }
+
+    /// A settlement whose connection is gone: the broker gives the message out
+    /// again, and the ledger knows what became of it.
+    fn discard(&self, settled: &Settled) {
+        log::debug!(
+            consumer = self.consumer.name.as_str(), epoch = settled.ticket.epoch.0,
+            tag = settled.ticket.tag;
+            "dropped a settlement of a lost connection"
+        );
+    }
+}

@@ -1,0 +1,94 @@
+//! Named places at which a test can kill or freeze the daemon. Without the
+//! feature `failpoints` they compile to nothing.
+//!
+//! `ACKONCE_FAILPOINT=NAME[:N[:pause]]`: at the N-th hit of NAME (the first,
+//! unless told otherwise) the process kills itself with SIGKILL; or, with
+//! `pause`, the thread makes the file `$ACKONCE_FAILPOINT_FILE.hit` and waits
+//! until the file `$ACKONCE_FAILPOINT_FILE` exists.
+
+/// The steps of the pipeline after which the process can be made to die.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Deliveries were taken from the broker thread.
+    Received,
+    /// Redis has answered the claims.
+    Claimed,
+    /// The rows stand in the ledger, uncommitted.
+    Recorded,
+    /// The effects stand beside them, uncommitted.
+    Applied,
+    /// COMMIT has returned.
+    Committed,
+    /// Redis has been told that the ids are done.
+    Marked,
+    /// The broker connection has been told.
+    Settled,
+    /// Reasons stand in the failure journal, nothing rejected yet.
+    Journaled,
+}
+
+/// Dies or waits here if a test asked for it.
+#[cfg(not(feature = "failpoints"))]
+#[inline]
+pub fn hit(_: Step) {}
+
+#[cfg(feature = "failpoints")]
+pub use armed::hit;
+
+#[cfg(feature = "failpoints")]
+mod armed {
+    use std::path::Path;
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    use super::Step;
+
+    struct Failpoint {
+        name: String,
+        at: u64,
+        pause: bool,
+        hits: AtomicU64,
+    }
+
+    /// Dies or waits here if a test asked for it.
+    pub fn hit(step: Step) {
+        static FAILPOINT: OnceLock<Option<Failpoint>> = OnceLock::new();
+        let Some(failpoint) = FAILPOINT.get_or_init(from_environment) else {
+            return;
+        };
+        if !failpoint.name.eq_ignore_ascii_case(&format!("{step:?}")) {
+            return;
+        }
+        if failpoint.hits.fetch_add(1, Ordering::SeqCst) + 1 != failpoint.at {
+            return;
+        }
+        if failpoint.pause {
+            pause();
+        } else {
+            nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL)
+                .ok();
+        }
+    }
+
+    fn from_environment() -> Option<Failpoint> {
+        let text = std::env::var("ACKONCE_FAILPOINT").ok()?;
+        let mut parts = text.split(':');
+        Some(Failpoint {
+            name: parts.next()?.to_owned(),
+            at: parts.next().and_then(|n| n.parse().ok()).unwrap_or(1),
+            pause: parts.next() == Some("pause"),
+            hits: AtomicU64::new(0),
+        })
+    }
+
+    fn pause() {
+        let Ok(file) = std::env::var("ACKONCE_FAILPOINT_FILE") else {
+            return;
+        };
+        std::fs::write(format!("{file}.hit"), b"").ok();
+        while !Path::new(&file).exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}

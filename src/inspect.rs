@@ -1,0 +1,318 @@
+//! Looks at the three servers with the daemon's eyes, before the daemon needs
+//! them: can it reach them, may it do what it does, is what exists as
+//! configured. Changes nothing that a daemon's start would not.
+
+use std::fmt;
+use std::time::Duration;
+
+use sqlx::Row;
+
+use crate::broker::connection;
+use crate::broker::topology::{self, TopologyError};
+use crate::claim;
+use crate::config::checked;
+use crate::handler::sql::SqlHandler;
+use crate::ledger::{self, Schema};
+use crate::postgres::{Error, Session};
+
+/// Oldest PostgreSQL with `gen_random_uuid()`, in libpq's form.
+const POSTGRES_MIN: u32 = 130_000;
+
+/// Oldest Redis with `SET … NX GET`.
+const REDIS_MIN: u32 = 7;
+
+/// Longest wait for the broker's answer to one call.
+const CALL_WITHIN: Duration = Duration::from_secs(10);
+
+/// How much a finding matters, the worst last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// As it should be.
+    Good,
+    /// It works, and something is worth knowing.
+    Warning,
+    /// Not as configured, or not fit for the daemon.
+    Wrong,
+    /// A right is missing.
+    Denied,
+    /// The server cannot be reached.
+    Unreachable,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// What was looked at.
+    pub subject: String,
+    /// How much it matters.
+    pub severity: Severity,
+    /// What was found, and the way out.
+    pub text: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = match self.severity {
+            Severity::Good => "ok",
+            Severity::Warning => "warning",
+            Severity::Wrong | Severity::Denied | Severity::Unreachable => "error",
+        };
+        write!(f, "{mark:<8} {}: {}", self.subject, self.text)
+    }
+}
+
+/// Looks at everything, and reports all it finds.
+#[must_use]
+pub fn servers(config: &checked::Config) -> Vec<Finding> {
+    let mut findings = Findings::default();
+    postgres(config, &mut findings);
+    redis(config, &mut findings);
+    broker(config, &mut findings);
+    findings.0
+}
+
+#[derive(Default)]
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    fn add(&mut self, subject: &str, severity: Severity, text: impl Into<String>) {
+        self.0.push(Finding {
+            subject: subject.to_owned(),
+            severity,
+            text: text.into(),
+        });
+    }
+
+    fn expect(&mut self, subject: &str, good: bool, otherwise: Severity, text: &str, hint: &str) {
+        match good {
+            true => self.add(subject, Severity::Good, text),
+            false => self.add(subject, otherwise, format!("{text}\n         hint: {hint}")),
+        }
+    }
+}
+
+fn severity_of(error: &Error) -> Severity {
+    match error {
+        Error::Lost(_) | Error::Unreachable { .. } => Severity::Unreachable,
+        Error::Refused(failure) => match failure.code.as_deref() {
+            Some(code) if code.starts_with("28") || code == "42501" => Severity::Denied,
+            _ => Severity::Wrong,
+        },
+    }
+}
+
+fn postgres(config: &checked::Config, findings: &mut Findings) {
+    let mut session = match Session::open(&config.postgres, "check") {
+        Ok(session) => session,
+        Err(error) => return findings.add("PostgreSQL", severity_of(&error), error.to_string()),
+    };
+    if let Err(error) = postgres_settings(&mut session, findings) {
+        return findings.add("PostgreSQL", severity_of(&error), error.to_string());
+    }
+    match postgres_schema(config, &mut session, findings) {
+        Ok(()) => {}
+        Err(error) => findings.add("PostgreSQL schema", severity_of(&error), error.to_string()),
+    }
+    for consumer in &config.consumers {
+        let subject = format!("handler of {}", consumer.name);
+        let checked::Handler::Sql(sql) = &consumer.handler;
+        match SqlHandler::new(sql) {
+            Err(error) => findings.add(&subject, Severity::Wrong, error.to_string()),
+            Ok(handler) => match handler.prepare(&mut session) {
+                Ok(()) => findings.add(&subject, Severity::Good, "every statement is understood"),
+                Err((script, error)) => {
+                    findings.add(&subject, severity_of(&error), script.to_string());
+                }
+            },
+        }
+    }
+}
+
+fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(), Error> {
+    let row = session.run(async |connection| {
+        sqlx::query(
+            "SELECT current_setting('server_version_num')::int4, current_setting('server_encoding'), \
+             current_setting('synchronous_commit'), pg_is_in_recovery()",
+        )
+        .fetch_one(connection)
+        .await
+    })?;
+    let version: i32 = row.get(0);
+    let encoding: String = row.get(1);
+    let synchronous_commit: String = row.get(2);
+    let in_recovery: bool = row.get(3);
+    findings.expect(
+        "PostgreSQL version",
+        u32::try_from(version).is_ok_and(|version| version >= POSTGRES_MIN),
+        Severity::Wrong,
+        &format!("{}.{}", version / 10_000, version % 10_000),
+        "PostgreSQL 13 or newer is needed",
+    );
+    findings.expect(
+        "PostgreSQL encoding",
+        encoding == "UTF8",
+        Severity::Wrong,
+        &encoding,
+        "message ids and bodies are UTF-8: create the database with ENCODING 'UTF8'",
+    );
+    findings.expect(
+        "PostgreSQL synchronous_commit",
+        synchronous_commit != "off",
+        Severity::Warning,
+        &synchronous_commit,
+        "a crash of the server can lose ledger rows of messages that are acknowledged",
+    );
+    findings.expect(
+        "PostgreSQL role in replication",
+        !in_recovery,
+        Severity::Wrong,
+        if in_recovery {
+            "standby, read-only"
+        } else {
+            "primary"
+        },
+        "let the URL lead to the primary",
+    );
+    Ok(())
+}
+
+fn postgres_schema(
+    config: &checked::Config,
+    session: &mut Session,
+    findings: &mut Findings,
+) -> Result<(), Error> {
+    let subject = "PostgreSQL schema";
+    match ledger::schema(session)? {
+        Schema::Current => findings.add(subject, Severity::Good, "up to date"),
+        Schema::Behind(count) if config.postgres.auto_migrate => {
+            let may: bool = session.run(async |connection| {
+                sqlx::query_scalar("SELECT has_database_privilege(current_database(), 'CREATE')")
+                    .fetch_one(connection)
+                    .await
+            })?;
+            findings.expect(
+                subject,
+                may,
+                Severity::Denied,
+                &format!("{count} migration(s) behind: `ackonce run` applies them"),
+                "the role may not create a schema: run `ackonce migrate` with one that may",
+            );
+            return Ok(());
+        }
+        Schema::Behind(count) => {
+            findings.add(
+                subject,
+                Severity::Wrong,
+                format!("{count} migration(s) behind\n         hint: run `ackonce migrate`"),
+            );
+            return Ok(());
+        }
+    }
+    let lacking: Vec<String> = session.run(async |connection| {
+        sqlx::query_scalar(
+            "SELECT relation || ' (' || privilege || ')' FROM (VALUES \
+             ('ackonce.ledger', 'SELECT'), ('ackonce.ledger', 'INSERT'), \
+             ('ackonce.failure', 'INSERT'), ('ackonce.instance', 'SELECT'), \
+             ('ackonce.consumer', 'SELECT'), ('ackonce.consumer', 'INSERT'), \
+             ('ackonce.migration', 'SELECT')) AS needed (relation, privilege) \
+             WHERE NOT has_table_privilege(relation, privilege)",
+        )
+        .fetch_all(connection)
+        .await
+    })?;
+    findings.expect(
+        "PostgreSQL rights",
+        lacking.is_empty(),
+        Severity::Denied,
+        &if lacking.is_empty() {
+            "ledger and journal can be written".to_owned()
+        } else {
+            format!("missing: {}", lacking.join(", "))
+        },
+        "grant them to the daemon's role",
+    );
+    Ok(())
+}
+
+fn redis(config: &checked::Config, findings: &mut Findings) {
+    let Some(redis) = &config.redis else {
+        return findings.add(
+            "Redis",
+            Severity::Good,
+            "not used: the ledger alone decides",
+        );
+    };
+    let info = match claim::inspect(redis) {
+        Ok(info) => info,
+        Err(error) => {
+            let severity = match error.to_string().to_ascii_uppercase() {
+                text if text.contains("NOPERM")
+                    || text.contains("NOAUTH")
+                    || text.contains("AUTH") =>
+                {
+                    Severity::Denied
+                }
+                _ => Severity::Unreachable,
+            };
+            return findings.add("Redis", severity, error.to_string());
+        }
+    };
+    let major = info.version.split('.').next().and_then(|n| n.parse().ok());
+    findings.expect(
+        "Redis version",
+        major.is_none_or(|major: u32| major >= REDIS_MIN),
+        Severity::Wrong,
+        &info.version,
+        "Redis 7.0 or newer (or Valkey) is needed for SET with NX and GET",
+    );
+    if let Some(policy) = &info.eviction {
+        findings.expect(
+            "Redis eviction policy",
+            policy == "noeviction",
+            Severity::Warning,
+            policy,
+            "evicted claims and marks cost speed, never correctness; noeviction keeps them",
+        );
+    }
+}
+
+fn broker(config: &checked::Config, findings: &mut Findings) {
+    let mut link = match connection::open(&config.broker, "check") {
+        Ok(link) => link,
+        Err(error) => return findings.add("RabbitMQ", broker_severity(&error), error.to_string()),
+    };
+    findings.add(
+        "RabbitMQ",
+        Severity::Good,
+        format!("version {}", link.server_version()),
+    );
+    for consumer in &config.consumers {
+        let subject = format!("topology of {}", consumer.name);
+        match topology::inspect(&mut link, &consumer.topology, CALL_WITHIN) {
+            Ok(missing) if missing.is_empty() => {
+                findings.add(&subject, Severity::Good, "exists as configured");
+            }
+            Ok(missing) => {
+                let text = format!("`ackonce run` will declare {}", missing.join(", "));
+                findings.add(&subject, Severity::Good, text);
+            }
+            Err(error) => {
+                let severity = match error {
+                    TopologyError::Mismatch { .. } => Severity::Wrong,
+                    TopologyError::Denied { .. } => Severity::Denied,
+                    TopologyError::Lost { .. } => Severity::Unreachable,
+                };
+                findings.add(&subject, severity, error.to_string());
+            }
+        }
+    }
+}
+
+fn broker_severity(error: &crate::broker::error::ConnectError) -> Severity {
+    use crate::broker::error::ConnectError;
+    match error {
+        ConnectError::LoginRefused { .. } | ConnectError::Vhost { .. } => Severity::Denied,
+        ConnectError::Address(_) => Severity::Wrong,
+        _ => Severity::Unreachable,
+    }
+}

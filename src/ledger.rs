@@ -1,0 +1,478 @@
+//! The ledger: the PostgreSQL table of what has been applied, and the journal
+//! of what could not be. The truth of the house; Redis is only a hint.
+//!
+//! A [`Ledger`] belongs to one worker thread. It connects when it is needed
+//! and again after it lost its session; it never retries by itself.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use sqlx::migrate::{Migrate, MigrateError, Migrator};
+use sqlx::{PgConnection, Row};
+
+use crate::config::checked;
+use crate::failure::{Class, Failure};
+use crate::message::{DeadReason, Fingerprint, MessageId};
+use crate::postgres::{Error, Session};
+
+/// Longest error text the journal keeps, in characters.
+const ERROR_TEXT_MAX: usize = 2_000;
+
+/// Table in which the applied migrations are kept.
+const MIGRATIONS_TABLE: &str = "ackonce.migration";
+
+/// Which ledger this is, and what the consumer is called in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registration {
+    /// `ackonce.instance.ledger_id`: part of every claim's key.
+    pub ledger_id: Arc<str>,
+    /// `ackonce.consumer.id`.
+    pub consumer_id: i16,
+}
+
+/// What the ledger says about one message of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Record {
+    /// Its row is new, in the open transaction.
+    Inserted,
+    /// A committed row has its id, with this fingerprint.
+    Found(Fingerprint),
+    /// Its row was there for the insert and gone for the look-up: pruned in
+    /// between. To be tried again.
+    Vanished,
+}
+
+/// Why a commit did not return.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CommitError {
+    /// The server refused it and rolled back.
+    Refused(Failure),
+    /// Whether it took effect is unknown: look it up.
+    Unknown(String),
+}
+
+/// One row for the failure journal.
+#[derive(Debug, Clone)]
+pub struct JournalEntry<'a> {
+    /// The id, where there is a usable one.
+    pub message_id: Option<&'a MessageId>,
+    /// SHA-256 of the body.
+    pub fingerprint: Fingerprint,
+    /// Why it is dead-lettered.
+    pub reason: DeadReason,
+    /// What went wrong.
+    pub failure: &'a Failure,
+    /// Tries of the handler so far.
+    pub attempt: u32,
+    /// Where it was published to.
+    pub exchange: &'a str,
+    /// With which routing key.
+    pub routing_key: &'a str,
+}
+
+/// One worker's way to the ledger.
+pub struct Ledger {
+    config: checked::Postgres,
+    consumer: String,
+    host: String,
+    open: Option<(Session, Registration)>,
+}
+
+impl Ledger {
+    /// Does not connect yet.
+    #[must_use]
+    pub fn new(config: checked::Postgres, consumer: &str, host: &str) -> Self {
+        Self {
+            config,
+            consumer: consumer.to_owned(),
+            host: host.to_owned(),
+            open: None,
+        }
+    }
+
+    /// Connects if there is no session, and tells which ledger it is.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be reached or does not let the daemon in.
+    pub fn connect(&mut self) -> Result<&Registration, Error> {
+        if self.open.is_none() {
+            let mut session = Session::open(&self.config, &self.consumer)?;
+            let registration = register(&mut session, &self.consumer)?;
+            self.open = Some((session, registration));
+        }
+        match &self.open {
+            Some((_, registration)) => Ok(registration),
+            None => Err(no_session()),
+        }
+    }
+
+    /// The session with the open transaction, for the handler.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn session(&mut self) -> Result<&mut Session, Error> {
+        match &mut self.open {
+            Some((session, _)) => Ok(session),
+            None => Err(no_session()),
+        }
+    }
+
+    /// Opens a transaction, connecting if need be.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ledger::connect`]; after an error there is no open transaction.
+    pub fn begin(&mut self) -> Result<(), Error> {
+        self.connect()?;
+        self.forgetting(|session, _| {
+            // READ COMMITTED, whatever the database's default: the look-up in
+            // `record` must see rows that were committed after BEGIN.
+            session.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        })
+    }
+
+    /// Inserts rows for `entries`, which must be sorted by id and without
+    /// repetition, and says for each whether it is new. Waits for open
+    /// transactions that hold one of the ids.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] leaves a broken transaction: roll back.
+    pub fn record(&mut self, entries: &[(&MessageId, Fingerprint)]) -> Result<Vec<Record>, Error> {
+        debug_assert!(entries.is_sorted_by(|a, b| a.0 < b.0));
+        let ids: Vec<&str> = entries.iter().map(|(id, _)| id.as_str()).collect();
+        let prints: Vec<&[u8]> = entries.iter().map(|(_, print)| &print.0[..]).collect();
+        self.forgetting(|session, registration| {
+            let consumer_id = registration.consumer_id;
+            let inserted = session
+                .run(async |connection| insert(connection, consumer_id, &ids, &prints).await)?;
+            if inserted.len() == entries.len() {
+                return Ok(vec![Record::Inserted; entries.len()]);
+            }
+            let absent: Vec<&str> = ids
+                .iter()
+                .copied()
+                .filter(|id| !inserted.contains(*id))
+                .collect();
+            let found =
+                session.run(async |connection| look_up(connection, consumer_id, &absent).await)?;
+            Ok(ids
+                .iter()
+                .map(|id| match (inserted.contains(*id), found.get(*id)) {
+                    (true, _) => Record::Inserted,
+                    (false, Some(print)) => Record::Found(*print),
+                    (false, None) => Record::Vanished,
+                })
+                .collect())
+        })
+    }
+
+    /// The committed fingerprint of each of `ids` that is in the ledger.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be asked.
+    pub fn find(&mut self, ids: &[&str]) -> Result<HashMap<String, Fingerprint>, Error> {
+        self.connect()?;
+        self.forgetting(|session, registration| {
+            let consumer_id = registration.consumer_id;
+            session.run(async |connection| look_up(connection, consumer_id, ids).await)
+        })
+    }
+
+    /// Commits the open transaction.
+    ///
+    /// # Errors
+    ///
+    /// [`CommitError::Unknown`] whenever the reply did not come: the row may
+    /// be there.
+    pub fn commit(&mut self) -> Result<(), CommitError> {
+        match self.forgetting(|session, _| session.execute("COMMIT")) {
+            Ok(()) => Ok(()),
+            // A deferred constraint, a trigger or a serialization check: the
+            // session goes on, so the server has rolled back.
+            Err(Error::Refused(failure)) => Err(CommitError::Refused(failure)),
+            Err(lost @ (Error::Lost(_) | Error::Unreachable { .. })) => {
+                Err(CommitError::Unknown(lost.to_string()))
+            }
+        }
+    }
+
+    /// Rolls the open transaction back. A session that cannot even do that is
+    /// dropped, which makes the server roll back.
+    pub fn rollback(&mut self) {
+        if let Err(error) = self.forgetting(|session, _| session.execute("ROLLBACK")) {
+            log::debug!(consumer = self.consumer.as_str(); "dropped a session that could not roll back: {error}");
+            self.open = None;
+        }
+    }
+
+    /// Writes reasons into the failure journal, in a statement of its own.
+    ///
+    /// # Errors
+    ///
+    /// When they are not written.
+    pub fn journal(&mut self, handler: &str, entries: &[JournalEntry<'_>]) -> Result<(), Error> {
+        self.connect()?;
+        let host = self.host.clone();
+        self.forgetting(|session, registration| {
+            let consumer_id = registration.consumer_id;
+            session.run(async |connection| {
+                write_journal(connection, consumer_id, handler, &host, entries).await
+            })
+        })
+    }
+
+    /// Runs `call`, and forgets the session if it was lost.
+    fn forgetting<T>(
+        &mut self,
+        call: impl FnOnce(&mut Session, &Registration) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let (session, registration) = self.open.as_mut().ok_or_else(no_session)?;
+        let result = call(session, registration);
+        if matches!(result, Err(Error::Lost(_))) {
+            self.open = None;
+        }
+        result
+    }
+
+    /// Forgets the session: a handler lost it.
+    pub fn lost(&mut self) {
+        self.open = None;
+    }
+}
+
+fn no_session() -> Error {
+    Error::Lost("there is no session".to_owned())
+}
+
+async fn insert(
+    connection: &mut PgConnection,
+    consumer_id: i16,
+    ids: &[&str],
+    prints: &[&[u8]],
+) -> Result<HashSet<String>, sqlx::Error> {
+    // The rows arrive sorted and unnest keeps their order, so that two
+    // batches which share ids lock them in the same order.
+    let rows = sqlx::query(
+        "INSERT INTO ackonce.ledger (consumer_id, message_id, fingerprint) \
+         SELECT $1, batch.message_id, batch.fingerprint \
+         FROM unnest($2::text[], $3::bytea[]) AS batch (message_id, fingerprint) \
+         ON CONFLICT DO NOTHING RETURNING message_id",
+    )
+    .bind(consumer_id)
+    .bind(ids)
+    .bind(prints)
+    .fetch_all(connection)
+    .await?;
+    rows.iter().map(|row| row.try_get(0)).collect()
+}
+
+async fn look_up(
+    connection: &mut PgConnection,
+    consumer_id: i16,
+    ids: &[&str],
+) -> Result<HashMap<String, Fingerprint>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT message_id, fingerprint FROM ackonce.ledger \
+         WHERE consumer_id = $1 AND message_id = ANY ($2)",
+    )
+    .bind(consumer_id)
+    .bind(ids)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| Ok((row.try_get(0)?, Fingerprint(row.try_get(1)?))))
+        .collect()
+}
+
+async fn write_journal(
+    connection: &mut PgConnection,
+    consumer_id: i16,
+    handler: &str,
+    host: &str,
+    entries: &[JournalEntry<'_>],
+) -> Result<(), sqlx::Error> {
+    let column = |pick: fn(&JournalEntry<'_>) -> String| -> Vec<String> {
+        entries.iter().map(pick).collect()
+    };
+    sqlx::query(
+        "INSERT INTO ackonce.failure (consumer_id, handler, host, attempt, message_id, \
+         fingerprint, reason, class, code, error, exchange, routing_key) \
+         SELECT $1, $2, $3, e.* FROM unnest($4::int4[], $5::text[], $6::bytea[], $7::text[], \
+         $8::text[], $9::text[], $10::text[], $11::text[], $12::text[]) AS e",
+    )
+    .bind(consumer_id)
+    .bind(handler)
+    .bind(host)
+    .bind(
+        entries
+            .iter()
+            .map(|e| i32::try_from(e.attempt).unwrap_or(i32::MAX))
+            .collect::<Vec<_>>(),
+    )
+    .bind(
+        entries
+            .iter()
+            .map(|e| e.message_id.map(MessageId::as_str))
+            .collect::<Vec<_>>(),
+    )
+    .bind(
+        entries
+            .iter()
+            .map(|e| &e.fingerprint.0[..])
+            .collect::<Vec<_>>(),
+    )
+    .bind(column(|e| e.reason.as_str().to_owned()))
+    .bind(column(|e| e.failure.class.as_str().to_owned()))
+    .bind(
+        entries
+            .iter()
+            .map(|e| e.failure.code.as_deref())
+            .collect::<Vec<_>>(),
+    )
+    .bind(column(|e| bounded(&e.failure.text)))
+    .bind(column(|e| storable(e.exchange)))
+    .bind(column(|e| storable(e.routing_key)))
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+fn bounded(text: &str) -> String {
+    storable(text).chars().take(ERROR_TEXT_MAX).collect()
+}
+
+/// PostgreSQL text cannot hold NUL.
+fn storable(text: &str) -> String {
+    text.replace('\0', "\u{FFFD}")
+}
+
+fn register(session: &mut Session, consumer: &str) -> Result<Registration, Error> {
+    session.run(async |connection| {
+        let ledger_id: String = sqlx::query_scalar("SELECT ledger_id::text FROM ackonce.instance")
+            .fetch_one(&mut *connection)
+            .await?;
+        // Looked for before it is inserted: an insert that conflicts would
+        // still use up one of 32,767 identity values.
+        let find = "SELECT id FROM ackonce.consumer WHERE name = $1";
+        let known: Option<i16> = sqlx::query_scalar(find)
+            .bind(consumer)
+            .fetch_optional(&mut *connection)
+            .await?;
+        let consumer_id = match known {
+            Some(id) => id,
+            None => {
+                sqlx::query(
+                    "INSERT INTO ackonce.consumer (name) VALUES ($1) ON CONFLICT DO NOTHING",
+                )
+                .bind(consumer)
+                .execute(&mut *connection)
+                .await?;
+                sqlx::query_scalar(find)
+                    .bind(consumer)
+                    .fetch_one(&mut *connection)
+                    .await?
+            }
+        };
+        Ok(Registration {
+            ledger_id: ledger_id.into(),
+            consumer_id,
+        })
+    })
+}
+
+fn migrator() -> Migrator {
+    let mut migrator = sqlx::migrate!("./sql");
+    migrator.create_schema("ackonce");
+    migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
+    migrator
+}
+
+/// What the schema lacks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Schema {
+    /// Every migration of this program is applied.
+    Current,
+    /// So many are not.
+    Behind(usize),
+}
+
+/// Looks whether the schema is the one this program needs, without rights to
+/// change it.
+///
+/// # Errors
+///
+/// When the server cannot be asked.
+pub fn schema(session: &mut Session) -> Result<Schema, Error> {
+    session.run(async |connection| {
+        let exists: bool = sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
+            .bind(MIGRATIONS_TABLE)
+            .fetch_one(&mut *connection)
+            .await?;
+        let applied: HashSet<i64> = if exists {
+            sqlx::query_scalar("SELECT version FROM ackonce.migration WHERE success")
+                .fetch_all(&mut *connection)
+                .await?
+                .into_iter()
+                .collect()
+        } else {
+            HashSet::new()
+        };
+        let missing = migrator()
+            .iter()
+            .filter(|m| !applied.contains(&m.version))
+            .count();
+        Ok(match missing {
+            0 => Schema::Current,
+            count => Schema::Behind(count),
+        })
+    })
+}
+
+/// Applies the migrations that are missing. Several daemons may do so at the
+/// same time: the server's advisory lock lets one do the work.
+///
+/// # Errors
+///
+/// When one fails, or an applied one is not what this program has under its number.
+pub fn migrate(session: &mut Session) -> Result<(), Error> {
+    session
+        .run(async |connection| {
+            Ok(match migrator().run_direct(None, connection, false).await {
+                Ok(()) => Ok(()),
+                Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) => {
+                    return Err(error);
+                }
+                Err(other) => {
+                    connection.unlock().await.ok();
+                    Err(other.to_string())
+                }
+            })
+        })?
+        .map_err(|text| {
+            Error::Refused(Failure {
+                class: Class::Systemic,
+                code: None,
+                text: format!("failed to migrate the schema ackonce: {text}"),
+            })
+        })
+}
+
+/// Gives the ledger a new random id, and with it every claim a new key.
+///
+/// # Errors
+///
+/// When the server refuses or cannot be asked.
+pub fn renew_id(session: &mut Session) -> Result<String, Error> {
+    session.run(async |connection| {
+        sqlx::query_scalar(
+            "UPDATE ackonce.instance SET ledger_id = gen_random_uuid(), created_at = now() \
+             RETURNING ledger_id::text",
+        )
+        .fetch_one(connection)
+        .await
+    })
+}

@@ -1,0 +1,94 @@
+//! One delivery and where it stands.
+
+use crate::claim::Token;
+use crate::config::checked;
+use crate::failure::{Class, Failure};
+use crate::identity;
+use crate::lifecycle::{self, Action, Body, Event, State};
+use crate::message::{DeadReason, Delivery, Fingerprint, MessageId, Settlement};
+
+/// One delivery on its way.
+#[derive(Debug)]
+pub struct Item {
+    pub(super) delivery: Delivery,
+    /// `None` when it has no usable id.
+    pub(super) id: Option<MessageId>,
+    /// Whether others that come with its id join it.
+    pub(super) owner: bool,
+    pub(super) fingerprint: Fingerprint,
+    pub(super) state: State,
+    pub(super) attempt: u32,
+    pub(super) token: Option<Token>,
+    pub(super) failure: Option<Failure>,
+}
+
+impl Item {
+    pub(super) fn new(delivery: Delivery) -> Self {
+        Self {
+            fingerprint: identity::fingerprint(&delivery.message.body),
+            delivery,
+            id: None,
+            owner: false,
+            state: State::Received,
+            attempt: 1,
+            token: None,
+            failure: None,
+        }
+    }
+
+    /// Moves on, and says what is to be done. A defect of this file, an event
+    /// that cannot happen, gives the delivery back: it is never acked.
+    pub(super) fn on(&mut self, event: Event) -> &'static [Action] {
+        match lifecycle::step(self.state, event) {
+            Ok((state, actions)) => {
+                self.state = state;
+                actions
+            }
+            Err(illegal) => {
+                log::error!("gave a delivery back: {illegal}");
+                self.state = State::Settled(Settlement::Requeue);
+                &[Action::Release, Action::Settle(Settlement::Requeue)]
+            }
+        }
+    }
+
+    pub(super) fn compare(&self, fingerprint: Fingerprint) -> Body {
+        if self.fingerprint == fingerprint {
+            Body::Same
+        } else {
+            Body::Other
+        }
+    }
+
+    pub(super) fn failure(&self) -> Failure {
+        self.failure.clone().unwrap_or(Failure {
+            class: Class::Permanent,
+            code: None,
+            text: "another message with this id and another body is in the ledger".to_owned(),
+        })
+    }
+}
+
+/// The id by which a delivery can be worked on; or why it cannot be, for
+/// journal and humans.
+pub(super) fn usable_id(
+    item: &Item,
+    consumer: &checked::Consumer,
+) -> Result<MessageId, (DeadReason, String)> {
+    let message = &item.delivery.message;
+    if message.body.len() > consumer.max_body {
+        let text = format!(
+            "the body has {} bytes, max_body allows {}",
+            message.body.len(),
+            consumer.max_body
+        );
+        return Err((DeadReason::TooLarge, text));
+    }
+    identity::identify(message, &consumer.identity).map_err(|reason| {
+        let text = match reason {
+            DeadReason::BadHeader => "its id stands in bytes that are not valid AMQP",
+            _ => "it has no usable id where `identity` looks for one",
+        };
+        (reason, text.to_owned())
+    })
+}

@@ -1,0 +1,137 @@
+//! The worker threads of one consumer, and the thread that renews their claims.
+//!
+//! A panic ends one worker and is reported; its deliveries are lost to this
+//! process, so the caller must give the whole pool up and start anew.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::backoff::Backoff;
+use crate::claim::{Claims, Renewer};
+use crate::config::checked;
+use crate::flights::Flights;
+use crate::handler;
+use crate::ledger::Ledger;
+use crate::message::{Delivery, Settled};
+use crate::pipeline::{Shared, Worker};
+use crate::stop::{self, Stopper};
+
+/// The ends of the channels that the broker thread holds.
+pub struct Pool {
+    /// Deliveries to the workers; drop it to let them end.
+    pub inbox: Option<Sender<Delivery>>,
+    /// Drop it to have the workers finish what is begun and begin nothing more.
+    pub stopper: Option<Stopper>,
+    /// What no worker has taken yet.
+    pub unstarted: Receiver<Delivery>,
+    /// Settlements; disconnected when every worker has ended.
+    pub outbox: Receiver<Settled>,
+    /// Something comes when a worker has panicked.
+    pub panicked: Receiver<()>,
+    renewal: Option<(Sender<()>, Renewer)>,
+}
+
+impl Pool {
+    /// Starts the workers of `consumer`.
+    ///
+    /// # Errors
+    ///
+    /// When a thread cannot be started or a configured URL cannot be read.
+    pub fn start(
+        config: &checked::Config,
+        consumer: &Arc<checked::Consumer>,
+        host: &str,
+    ) -> anyhow::Result<Self> {
+        let (stopper, stop) = stop::pair();
+        let prefetch = usize::from(consumer.prefetch);
+        let (inbox, unstarted) = bounded(prefetch);
+        // Every delivery of the current connection and of the one before it
+        // can be settled without anybody waiting.
+        let (settle, outbox) = bounded(prefetch * 2);
+        let (panic, panicked) = bounded(consumer.workers);
+        let shared = Shared {
+            inbox: unstarted.clone(),
+            outbox: settle,
+            flights: Arc::new(Flights::default()),
+            stop,
+            consumer: Arc::clone(consumer),
+            backoff: Backoff {
+                min: config.daemon.reconnect_min,
+                max: config.daemon.reconnect_max,
+            },
+        };
+        let claims = claims(config, consumer)?;
+        let renewal = renewal(config, consumer, &claims)?;
+        let mut claims = claims.into_iter();
+        for number in 1..=consumer.workers {
+            let worker = Worker::new(
+                shared.clone(),
+                Ledger::new(config.postgres.clone(), &consumer.name, host),
+                claims.next(),
+                handler::build(&consumer.handler)?,
+            );
+            spawn(&consumer.name, number, worker, panic.clone())?;
+        }
+        Ok(Self {
+            inbox: Some(inbox),
+            stopper: Some(stopper),
+            unstarted,
+            outbox,
+            panicked,
+            renewal,
+        })
+    }
+
+    /// Ends the workers, waiting at most `within` for what they have begun,
+    /// then the renewal of their claims. Settlements are dropped: the caller
+    /// has taken what could still be told.
+    pub fn stop(self, within: Duration) {
+        drop((self.stopper, self.inbox));
+        let deadline = Instant::now() + within;
+        while self.outbox.recv_deadline(deadline).is_ok() {}
+        if let Some((stop, renewer)) = self.renewal {
+            drop(stop);
+            renewer.join();
+        }
+    }
+}
+
+fn claims(config: &checked::Config, consumer: &checked::Consumer) -> anyhow::Result<Vec<Claims>> {
+    let Some(redis) = &config.redis else {
+        return Ok(Vec::new());
+    };
+    (0..consumer.workers)
+        .map(|_| Claims::new(redis, &consumer.claim, &consumer.name))
+        .collect()
+}
+
+fn renewal(
+    config: &checked::Config,
+    consumer: &checked::Consumer,
+    claims: &[Claims],
+) -> anyhow::Result<Option<(Sender<()>, Renewer)>> {
+    let Some(redis) = &config.redis else {
+        return Ok(None);
+    };
+    let (stop, stopped) = bounded(0);
+    let renewer = Renewer::start(redis, &consumer.claim, &consumer.name, claims, stopped)?;
+    Ok(Some((stop, renewer)))
+}
+
+fn spawn(consumer: &str, number: usize, worker: Worker, panic: Sender<()>) -> anyhow::Result<()> {
+    let name = consumer.to_owned();
+    std::thread::Builder::new()
+        .name(format!("{consumer}-{number}"))
+        .spawn(move || {
+            if catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
+                log::error!(consumer = name.as_str(), worker = number; "a worker panicked");
+                panic.try_send(()).ok();
+            }
+        })
+        .map(drop)
+        .with_context(|| format!("failed to start worker {number} of consumer {consumer}"))
+}

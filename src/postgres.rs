@@ -1,0 +1,207 @@
+//! One session with PostgreSQL, driven by the thread that owns it.
+//!
+//! Each worker has a current-thread runtime and a raw connection of its own:
+//! about 1 µs a call, where a pool shared through a multi-threaded runtime
+//! costs five. The ledger and the handlers use the same session, because their
+//! rows must commit together. What the statements mean is not known here.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgDatabaseError, PgSeverity};
+use sqlx::{ConnectOptions, Connection};
+
+use crate::config::checked;
+use crate::failure::{Class, Failure, class_of_sqlstate};
+
+/// How much longer than the server's own `statement_timeout` a reply is waited
+/// for: past it the server or the network is taken for dead.
+const REPLY_GRACE: Duration = Duration::from_secs(5);
+
+/// Why a call failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The server said no; the session can go on (an open transaction cannot).
+    #[error("{0}")]
+    Refused(Failure),
+    /// There is no session, and nothing was sent.
+    #[error("failed to connect to PostgreSQL at {address}: {cause}")]
+    Unreachable {
+        /// Host and port.
+        address: String,
+        /// Why not.
+        cause: String,
+    },
+    /// The session is gone, and whether its last statement took effect is unknown.
+    #[error("lost the PostgreSQL session: {0}")]
+    Lost(String),
+}
+
+impl Error {
+    /// The failure for journal and log.
+    #[must_use]
+    pub fn into_failure(self) -> Failure {
+        match self {
+            Self::Refused(failure) => failure,
+            Self::Unreachable { .. } | Self::Lost(_) => Failure {
+                class: Class::Systemic,
+                code: None,
+                text: self.to_string(),
+            },
+        }
+    }
+}
+
+/// A connection and the runtime that drives it.
+pub struct Session {
+    connection: PgConnection,
+    runtime: tokio::runtime::Runtime,
+    reply_timeout: Duration,
+}
+
+impl Session {
+    /// Connects, within the configuration's `connect_timeout`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] when the server answered with an error (wrong
+    /// password, no such database), [`Error::Unreachable`] when it did not answer.
+    pub fn open(config: &checked::Postgres, purpose: &str) -> Result<Self, Error> {
+        let options = connect_options(config, purpose)?;
+        let unreachable = |cause: String| Error::Unreachable {
+            address: format!("{}:{}", options.get_host(), options.get_port()),
+            cause,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|e| unreachable(format!("no runtime: {e}")))?;
+        let connecting = PgConnection::connect_with(&options);
+        let connected = runtime
+            .block_on(async { tokio::time::timeout(config.connect_timeout, connecting).await });
+        let connection = match connected {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(error)) => {
+                return Err(match from_sqlx(&error) {
+                    Error::Refused(failure) => Error::Refused(failure),
+                    _ => unreachable(error.to_string()),
+                });
+            }
+            Err(_) => {
+                let within = config.connect_timeout;
+                return Err(unreachable(format!(
+                    "no answer within {within:?} (connect_timeout)"
+                )));
+            }
+        };
+        Ok(Self {
+            connection,
+            runtime,
+            reply_timeout: config.statement_timeout + REPLY_GRACE,
+        })
+    }
+
+    /// Runs `call` to its end, or to the time when the server is taken for dead.
+    ///
+    /// # Errors
+    ///
+    /// After [`Error::Lost`] the session must be dropped.
+    pub fn run<T>(
+        &mut self,
+        call: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, Error> {
+        let connection = &mut self.connection;
+        let reply_timeout = self.reply_timeout;
+        self.runtime.block_on(async move {
+            match tokio::time::timeout(reply_timeout, call(connection)).await {
+                Ok(result) => result.map_err(|e| from_sqlx(&e)),
+                Err(_) => Err(Error::Lost(format!("no reply within {reply_timeout:?}"))),
+            }
+        })
+    }
+
+    /// Runs statements that take no parameters.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::run`].
+    pub fn execute(&mut self, statements: &'static str) -> Result<(), Error> {
+        self.run(async |connection| {
+            sqlx::raw_sql(statements).execute(connection).await?;
+            Ok(())
+        })
+    }
+}
+
+fn connect_options(config: &checked::Postgres, purpose: &str) -> Result<PgConnectOptions, Error> {
+    // sqlx's own error would print the URL, and with it the password.
+    let options = PgConnectOptions::from_str(config.url.expose()).map_err(|_| {
+        Error::Refused(Failure {
+            class: Class::Systemic,
+            code: None,
+            text: "failed to read the PostgreSQL URL: see `ackonce check`".to_owned(),
+        })
+    })?;
+    let milliseconds = |d: Duration| d.as_millis().to_string();
+    Ok(options
+        .application_name(&format!("ackonce {purpose}"))
+        .options([
+            ("statement_timeout", milliseconds(config.statement_timeout)),
+            ("lock_timeout", milliseconds(config.lock_timeout)),
+            (
+                "idle_in_transaction_session_timeout",
+                milliseconds(config.idle_in_transaction_timeout),
+            ),
+            // The server gives a worker up that vanished without a word.
+            ("tcp_keepalives_idle", "30".to_owned()),
+            ("tcp_keepalives_interval", "10".to_owned()),
+            ("tcp_keepalives_count", "3".to_owned()),
+            (
+                "tcp_user_timeout",
+                milliseconds(config.idle_in_transaction_timeout),
+            ),
+        ])
+        .log_statements(log::LevelFilter::Off)
+        .log_slow_statements(log::LevelFilter::Off, Duration::ZERO))
+}
+
+fn from_sqlx(error: &sqlx::Error) -> Error {
+    let sqlx::Error::Database(database) = error else {
+        return Error::Lost(error.to_string());
+    };
+    let Some(pg) = database.try_downcast_ref::<PgDatabaseError>() else {
+        return Error::Lost(error.to_string());
+    };
+    let failure = Failure {
+        class: class_of_sqlstate(pg.code()),
+        code: Some(pg.code().to_owned()),
+        text: describe(pg),
+    };
+    match pg.severity() {
+        // Said while logging in, it is an answer; later, the session's end.
+        PgSeverity::Fatal | PgSeverity::Panic
+            if !pg.code().starts_with("28") && !pg.code().starts_with("3D") =>
+        {
+            Error::Lost(failure.to_string())
+        }
+        _ => Error::Refused(failure),
+    }
+}
+
+/// The server's message and where it points to. Its detail is left out: it
+/// quotes the row, and with it the message's content.
+fn describe(error: &PgDatabaseError) -> String {
+    let mut text = error.message().to_owned();
+    for (label, value) in [
+        ("table", error.table()),
+        ("column", error.column()),
+        ("constraint", error.constraint()),
+    ] {
+        if let Some(value) = value
+            && !text.contains(value)
+        {
+            text.push_str(&format!(", {label} {value}"));
+        }
+    }
+    text
+}
