@@ -257,13 +257,14 @@ fn a_queue_full_of_poison_is_dead_lettered_one_by_one() {
     let world = World::new();
     let orders = Consumer::orders().sql(RECORD_AMOUNT);
     let config = world.config().consumer(orders);
-    world.prepare(&config);
+    let daemon = world.run(&config);
     let poison = |number| amount(&format!("p-{number}"), &json!("poison"));
     world.broker.send(ORDERS, (0..100).map(poison));
     world.broker.send(ORDERS, [amount("good", &json!(1))]);
-    world.drain(&config, ORDERS);
-    world.assert_each_applied_once(&["good"]);
     let dead = world.broker.wait_for_dead(ORDERS_DEAD, 100);
+    world.wait_for_effects(1);
+    world.drain_with(daemon, &config, ORDERS);
+    world.assert_each_applied_once(&["good"]);
     let mut ids: Vec<_> = dead.iter().filter_map(Dead::id).collect();
     ids.sort_unstable();
     ids.dedup();

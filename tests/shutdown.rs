@@ -87,7 +87,10 @@ fn a_second_signal_ends_at_once_although_a_worker_hangs() {
 #[test]
 fn a_worker_that_hangs_does_not_hold_up_a_stop_beyond_its_timeout() {
     let world = World::new();
-    let config = world.orders().set("daemon.shutdown_timeout", "500ms");
+    let config = world
+        .config()
+        .set("daemon.shutdown_timeout", "500ms")
+        .consumer(Consumer::orders().set("workers", 1));
     let gate = world.gate();
     let mut daemon = world
         .daemon(&config)
