@@ -12,7 +12,11 @@ pub struct Keys {
 impl Keys {
     /// `in [broker]`, `at the top level`.
     pub(super) fn whereabouts(&self) -> String {
-        let word = if self.title.starts_with('[') { "in" } else { "at" };
+        let word = if self.title.starts_with('[') {
+            "in"
+        } else {
+            "at"
+        };
         format!("{word} {}", self.title)
     }
 }

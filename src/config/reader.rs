@@ -238,7 +238,9 @@ impl<'r> Section<'r> {
             let place = match typed.find(text) {
                 Some(skip) => {
                     let start = span.start + skip + fault.offset;
-                    let length = text[fault.offset..].find('}').map_or("${".len(), |at| at + 1);
+                    let length = text[fault.offset..]
+                        .find('}')
+                        .map_or("${".len(), |at| at + 1);
                     Span::from(start..start + length)
                 }
                 None => span,
