@@ -1,0 +1,248 @@
+//! What can go wrong with a connection, in words an operator can act on, and
+//! as types a caller can branch on. No message shows a password.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::address::AddressError;
+
+/// What a connection was waiting for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The host name's addresses.
+    Resolve,
+    /// The TCP connection.
+    Connect,
+    /// The TLS handshake.
+    Tls,
+    /// AMQP: protocol header, login, tuning, opening the vhost.
+    Login,
+    /// The channel to work on.
+    Channel,
+}
+
+impl Stage {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Resolve => "resolving the host name (is the DNS server reachable?)",
+            Self::Connect => "connecting (is a firewall dropping packets?)",
+            Self::Tls => "the TLS handshake (does this port speak TLS?)",
+            Self::Login => {
+                "the login (is this the AMQP port? RabbitMQ also holds a wrong password for \
+                 3 s before it closes)"
+            }
+            Self::Channel => "opening a channel",
+        }
+    }
+}
+
+/// What TLS did not like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsProblem {
+    /// The certificate is not signed by an authority that is trusted here.
+    UnknownIssuer,
+    /// The certificate is for other host names.
+    WrongHost,
+    /// The certificate's time has passed, or this host's clock is wrong.
+    Expired,
+    /// The certificate's time has not come, or this host's clock is wrong.
+    NotYetValid,
+    /// The port answered with something that is not TLS.
+    NotTls,
+    /// Anything else; the detail says what.
+    Other,
+}
+
+impl TlsProblem {
+    fn hint(self) -> &'static str {
+        match self {
+            Self::UnknownIssuer => {
+                "the server's certificate is not signed by a trusted authority; set ca_file in \
+                 [broker] to the authority's certificate"
+            }
+            Self::WrongHost => {
+                "the server's certificate is for another host name; use one it lists in the URL"
+            }
+            Self::Expired => "the server's certificate has expired, or this host's clock is wrong",
+            Self::NotYetValid => {
+                "the server's certificate is not valid yet, or this host's clock is wrong"
+            }
+            Self::NotTls => "the port does not speak TLS; is it the one for amqp://?",
+            Self::Other => "see the broker's log",
+        }
+    }
+}
+
+/// Why there is no connection to the broker.
+#[derive(Debug, Error)]
+pub enum ConnectError {
+    /// The configured URL cannot be used.
+    #[error("failed to read the broker's URL: {0}")]
+    Address(#[from] AddressError),
+    /// The host name has no address.
+    #[error("failed to resolve the host name of {address}: {source}")]
+    Resolve {
+        /// Whereto, without password.
+        address: String,
+        /// What the resolver said.
+        source: io::Error,
+    },
+    /// Nobody listens on the port.
+    #[error("failed to connect to {address}: connection refused ({detail}); is RabbitMQ running?")]
+    Refused {
+        /// Whereto, without password.
+        address: String,
+        /// Each address tried, with its error.
+        detail: String,
+    },
+    /// No way to the host.
+    #[error("failed to connect to {address}: {detail}")]
+    Unreachable {
+        /// Whereto, without password.
+        address: String,
+        /// Each address tried, with its error.
+        detail: String,
+    },
+    /// `connect_timeout` ran out.
+    #[error("failed to connect to {address} within {within:?}: timed out in {}", stage.describe())]
+    TimedOut {
+        /// Whereto, without password.
+        address: String,
+        /// What it was waiting for.
+        stage: Stage,
+        /// The whole time it had.
+        within: Duration,
+    },
+    /// The authorities to trust could not be loaded.
+    #[error("failed to load trusted certificates from {}: {detail}", origin.display())]
+    Authorities {
+        /// The file, or `the system` for the system's store.
+        origin: PathBuf,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// The TLS handshake failed.
+    #[error("failed to set up TLS with {address}: {detail}; {}", problem.hint())]
+    Tls {
+        /// Whereto, without password.
+        address: String,
+        /// Which kind.
+        problem: TlsProblem,
+        /// What TLS said.
+        detail: String,
+    },
+    /// The broker closed the connection when it had seen the login. It does so
+    /// too when it stops, or when the login took longer than it allows, so
+    /// this is worth another try.
+    #[error(
+        "failed to log in to {address}: the broker closed the connection during the login; check \
+         user name and password, and the broker's log (a broker that stops or is overloaded looks \
+         the same, so this is tried again)"
+    )]
+    LoginRefused {
+        /// Whereto, without password.
+        address: String,
+    },
+    /// The vhost does not exist, or the user may not use it, or is over a limit.
+    #[error("failed to open the vhost of {address}: {text} (reply {code})")]
+    Vhost {
+        /// Whereto, without password.
+        address: String,
+        /// AMQP reply code.
+        code: u16,
+        /// The broker's words.
+        text: String,
+    },
+    /// The broker closed the connection for another reason.
+    #[error("failed to connect to {address}: the broker closed: {text} (reply {code})")]
+    Closed {
+        /// Whereto, without password.
+        address: String,
+        /// AMQP reply code.
+        code: u16,
+        /// The broker's words.
+        text: String,
+    },
+    /// What answered does not behave like an AMQP 0-9-1 broker.
+    #[error(
+        "failed to connect to {address}: {detail}; is this RabbitMQ's AMQP port, and is a TLS port \
+         addressed with amqps://?"
+    )]
+    Protocol {
+        /// Whereto, without password.
+        address: String,
+        /// What happened.
+        detail: String,
+    },
+    /// This host has no threads, sockets or memory left.
+    #[error("failed to prepare a connection to {address}: {detail}")]
+    Local {
+        /// Whereto, without password.
+        address: String,
+        /// What is missing.
+        detail: String,
+    },
+}
+
+impl ConnectError {
+    /// The error for what amiquip said during the login.
+    pub(super) fn from_login(address: String, error: &amiquip::Error) -> Self {
+        match error {
+            amiquip::Error::InvalidCredentials => Self::LoginRefused { address },
+            // NOT_ALLOWED and ACCESS_REFUSED, which RabbitMQ uses for a vhost
+            // that is missing, closed to the user, or full.
+            amiquip::Error::ServerClosedConnection { code, message }
+                if matches!(*code, 530 | 403) =>
+            {
+                Self::Vhost {
+                    address,
+                    code: *code,
+                    text: message.clone(),
+                }
+            }
+            amiquip::Error::ServerClosedConnection { code, message } => Self::Closed {
+                address,
+                code: *code,
+                text: message.clone(),
+            },
+            other => Self::Protocol {
+                address,
+                detail: other.to_string(),
+            },
+        }
+    }
+
+    /// The error for what failed on this host.
+    pub(super) fn local(address: &super::address::Address, error: &io::Error) -> Self {
+        Self::Local {
+            address: address.to_string(),
+            detail: error.to_string(),
+        }
+    }
+}
+
+/// Why a connection that stood is no longer of use.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// A call was not answered; the connection was ended.
+    #[error("failed to {what} on {address} within {within:?}: the broker does not answer")]
+    TimedOut {
+        /// Whereto, without password.
+        address: String,
+        /// The call, as a verb: `open a channel`.
+        what: &'static str,
+        /// How long it waited.
+        within: Duration,
+    },
+    /// The connection or channel is gone.
+    #[error("lost the connection to {address}: {cause}")]
+    Lost {
+        /// Whereto, without password.
+        address: String,
+        /// The broker's or the socket's words.
+        cause: String,
+    },
+}
