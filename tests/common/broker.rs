@@ -1,0 +1,242 @@
+//! The vhost over AMQP: publishing with confirms, counting, collecting dead
+//! letters.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+
+use amiquip::{
+    AmqpProperties, AmqpValue, Channel, Confirm, Connection, FieldTable, Publish,
+    QueueDeclareOptions,
+};
+use crossbeam_channel::Receiver;
+
+use super::eventually;
+
+/// Publishes that may wait for their confirm at a time.
+const UNCONFIRMED_MAX: usize = 2_000;
+
+/// A message to publish: persistent, with its id as the `message_id` property.
+#[derive(Debug, Clone)]
+pub struct Msg {
+    body: Vec<u8>,
+    headers: FieldTable,
+    properties: AmqpProperties,
+}
+
+impl Msg {
+    /// With `id` and the JSON body `{"id": id}`.
+    pub fn new(id: &str) -> Self {
+        let mut message = Self::anonymous().json(&serde_json::json!({ "id": id }));
+        message.properties = message.properties.with_message_id(id.to_owned());
+        message
+    }
+
+    /// Without an id and with an empty body.
+    pub fn anonymous() -> Self {
+        Self {
+            body: Vec::new(),
+            headers: FieldTable::new(),
+            properties: AmqpProperties::default().with_delivery_mode(2),
+        }
+    }
+
+    /// With another body.
+    #[must_use]
+    pub fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
+        self.body = body.into();
+        self
+    }
+
+    /// With another body, in JSON.
+    #[must_use]
+    pub fn json(self, body: &serde_json::Value) -> Self {
+        self.body(body.to_string())
+    }
+
+    /// With one more header.
+    #[must_use]
+    pub fn header(mut self, name: &str, value: AmqpValue) -> Self {
+        self.headers.insert(name.to_owned(), value);
+        self
+    }
+
+    /// With its properties changed.
+    #[must_use]
+    pub fn properties(mut self, change: impl FnOnce(AmqpProperties) -> AmqpProperties) -> Self {
+        self.properties = change(self.properties);
+        self
+    }
+}
+
+/// `count` messages with the ids `PREFIX-0`, `PREFIX-1`, ….
+pub fn numbered(prefix: &str, count: usize) -> Vec<Msg> {
+    let ids = numbered_ids(prefix, count);
+    ids.iter().map(|id| Msg::new(id)).collect()
+}
+
+/// The ids of [`numbered`].
+pub fn numbered_ids(prefix: &str, count: usize) -> Vec<String> {
+    (0..count)
+        .map(|number| format!("{prefix}-{number}"))
+        .collect()
+}
+
+/// A message that came to rest in a dead-letter queue.
+#[derive(Debug, Clone)]
+pub struct Dead {
+    /// As published.
+    pub body: Vec<u8>,
+    /// As published, and what the broker added to the headers.
+    pub properties: AmqpProperties,
+}
+
+impl Dead {
+    /// The `message_id` property.
+    pub fn id(&self) -> Option<&str> {
+        self.properties.message_id().as_deref()
+    }
+
+    /// Why the broker says it is here: `rejected`, `delivery_limit`, ….
+    pub fn death(&self) -> Option<String> {
+        let headers = self.properties.headers().as_ref()?;
+        match headers.get("x-first-death-reason")? {
+            AmqpValue::LongString(reason) => Some(reason.clone()),
+            _ => None,
+        }
+    }
+}
+
+/// A connection to the vhost.
+pub struct Broker {
+    connection: Mutex<Connection>,
+    dead: Mutex<BTreeMap<String, Vec<Dead>>>,
+}
+
+impl Broker {
+    pub(super) fn connect(url: &str) -> Self {
+        let connection = Connection::insecure_open(url)
+            .unwrap_or_else(|e| panic!("failed to connect to RabbitMQ: {e}; run script/test"));
+        Self {
+            connection: Mutex::new(connection),
+            dead: Mutex::default(),
+        }
+    }
+
+    /// A channel of its own.
+    pub fn channel(&self) -> Channel {
+        let mut connection = self.connection.lock().expect("the connection");
+        connection.open_channel(None).expect("a channel")
+    }
+
+    /// Publishes straight into `queue`. Returns when the broker has confirmed
+    /// every message.
+    pub fn send(&self, queue: &str, messages: impl IntoIterator<Item = Msg>) {
+        self.publish("", queue, messages);
+    }
+
+    /// Publishes to `exchange`. Returns when the broker has confirmed every
+    /// message.
+    pub fn publish(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        messages: impl IntoIterator<Item = Msg>,
+    ) {
+        let channel = self.channel();
+        channel.enable_publisher_confirms().expect("confirms");
+        let confirms = channel.listen_for_publisher_confirms().expect("confirms");
+        let returns = channel.listen_for_returns().expect("returns");
+        let mut pending = BTreeSet::new();
+        for (tag, message) in (1..).zip(messages) {
+            let properties = message.properties.with_headers(message.headers);
+            let mut publish = Publish::with_properties(&message.body, routing_key, properties);
+            publish.mandatory = true;
+            channel.basic_publish(exchange, publish).expect("a publish");
+            pending.insert(tag);
+            while pending.len() >= UNCONFIRMED_MAX {
+                confirm_one(&confirms, &mut pending);
+            }
+        }
+        while !pending.is_empty() {
+            confirm_one(&confirms, &mut pending);
+        }
+        assert!(
+            returns.try_recv().is_err(),
+            "no queue takes what is published to exchange {exchange:?} with {routing_key:?}"
+        );
+        channel.close().expect("the channel closes");
+    }
+
+    /// Messages that wait in `queue`, without those handed to a consumer.
+    pub fn ready(&self, queue: &str) -> u32 {
+        let channel = self.channel();
+        let declared = channel.queue_declare_passive(queue);
+        let count = declared.expect("the queue").declared_message_count();
+        count.expect("a count")
+    }
+
+    /// Whether nothing waits in `queue`. After a daemon's clean stop that
+    /// means that it has settled everything: unlike a count, a `basic.get`
+    /// comes after what the closed channel gave back.
+    pub fn is_empty(&self, queue: &str) -> bool {
+        let channel = self.channel();
+        let got = channel.basic_get(queue, false).expect("basic.get");
+        got.is_none()
+    }
+
+    /// Removes what waits in `queue`, and returns it.
+    pub fn take(&self, queue: &str) -> Vec<Dead> {
+        let channel = self.channel();
+        let mut taken = Vec::new();
+        while let Some(got) = channel.basic_get(queue, true).expect("basic.get") {
+            taken.push(Dead {
+                body: got.delivery.body,
+                properties: got.delivery.properties,
+            });
+        }
+        taken
+    }
+
+    /// All that came to rest in the dead-letter queue `queue` so far. Takes it
+    /// out and remembers it.
+    pub fn dead(&self, queue: &str) -> Vec<Dead> {
+        let mut dead = self.dead.lock().expect("the dead letters");
+        let dead = dead.entry(queue.to_owned()).or_default();
+        dead.extend(self.take(queue));
+        dead.clone()
+    }
+
+    /// Waits until `count` dead letters came to rest in `queue`: a quorum
+    /// queue hands them on in its own time.
+    pub fn wait_for_dead(&self, queue: &str, count: usize) -> Vec<Dead> {
+        eventually(&format!("{count} dead letters in {queue}"), || {
+            self.dead(queue).len() >= count
+        });
+        self.dead(queue)
+    }
+
+    /// Declares a durable classic queue.
+    pub fn declare(&self, queue: &str) {
+        let options = QueueDeclareOptions {
+            durable: true,
+            ..QueueDeclareOptions::default()
+        };
+        let channel = self.channel();
+        channel.queue_declare(queue, options).expect("the queue");
+    }
+}
+
+fn confirm_one(confirms: &Receiver<Confirm>, pending: &mut BTreeSet<u64>) {
+    let confirm = confirms
+        .recv_timeout(super::DEADLINE)
+        .expect("the broker confirms");
+    match confirm {
+        Confirm::Ack(payload) if payload.multiple => {
+            *pending = pending.split_off(&(payload.delivery_tag + 1));
+        }
+        Confirm::Ack(payload) => {
+            pending.remove(&payload.delivery_tag);
+        }
+        Confirm::Nack(payload) => panic!("the broker refused a publish: {payload:?}"),
+    }
+}
