@@ -366,10 +366,7 @@ impl Link {
             log::warn!(consumer = self.consumer.as_str(); "Redis does not answer, going on with the ledger alone: {error}");
         }
         self.failures = self.failures.saturating_add(1);
-        let backoff = Backoff {
-            min: RETRY.0,
-            max: RETRY.1,
-        };
+        let backoff = Backoff::new(RETRY.0, RETRY.1);
         self.retry_at = Some(Instant::now() + backoff.delay(self.failures, random()));
     }
 }

@@ -144,10 +144,7 @@ fn try_schema(config: &checked::Config) -> Result<Schema, postgres::Error> {
 }
 
 fn backoff(config: &checked::Config) -> Backoff {
-    Backoff {
-        min: config.daemon.reconnect_min,
-        max: config.daemon.reconnect_max,
-    }
+    Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max)
 }
 
 fn random() -> u64 {

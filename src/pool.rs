@@ -59,10 +59,7 @@ impl Pool {
             flights: Arc::new(Flights::default()),
             stop,
             consumer: Arc::clone(consumer),
-            backoff: Backoff {
-                min: config.daemon.reconnect_min,
-                max: config.daemon.reconnect_max,
-            },
+            backoff: Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max),
         };
         let claims = claims(config, consumer)?;
         let renewal = renewal(config, consumer, &claims)?;

@@ -20,6 +20,8 @@ pub enum Stage {
     Tls,
     /// AMQP: protocol header, login, tuning, opening the vhost.
     Login,
+    /// The channel to work on.
+    Channel,
 }
 
 impl Stage {
@@ -32,6 +34,7 @@ impl Stage {
                 "the login (is this the AMQP port? RabbitMQ also holds a wrong password for \
                  3 s before it closes)"
             }
+            Self::Channel => "opening a channel",
         }
     }
 }

@@ -1,11 +1,14 @@
 //! RabbitMQ: the only folder that names AMQP types.
 
 pub mod address;
+pub mod confirms;
 pub mod connection;
 pub mod consumer;
 mod convert;
 pub mod error;
 pub mod guard;
+pub mod outgoing;
+pub mod publisher;
 pub mod tls;
 pub mod topology;
 pub mod transport;

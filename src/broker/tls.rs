@@ -280,3 +280,184 @@ impl<S: Evented> Evented for TlsStream<S> {
         self.socket.deregister(poll)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::process::Command;
+
+    use rustls::pki_types::PrivateKeyDer;
+    use rustls::{ServerConfig, ServerConnection};
+
+    use super::*;
+
+    /// A socket that takes and gives a few bytes, then would block.
+    #[derive(Default)]
+    struct Choking {
+        inbound: VecDeque<u8>,
+        outbound: Vec<u8>,
+        /// Bytes taken or given before the next `WouldBlock`.
+        appetite: usize,
+    }
+
+    impl Read for Choking {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            let count = self.appetite.min(buf.len()).min(self.inbound.len());
+            if count == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            self.appetite -= count;
+            self.inbound.read(&mut buf[..count])
+        }
+    }
+
+    impl Write for Choking {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            let count = self.appetite.min(buf.len());
+            if count == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            self.appetite -= count;
+            self.outbound.extend_from_slice(&buf[..count]);
+            Ok(count)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A client stream and a server, past their handshake.
+    fn pair() -> (TlsStream<Choking>, ServerConnection) {
+        let folder = tempfile::tempdir().unwrap();
+        let made = Command::new("openssl")
+            .args(["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt"])
+            .args([
+                "ec_paramgen_curve:prime256v1",
+                "-subj",
+                "/CN=broker",
+                "-addext",
+            ])
+            .args([
+                "subjectAltName=DNS:broker",
+                "-addext",
+                "basicConstraints=critical,CA:FALSE",
+            ])
+            .args(["-keyout", "key.pem", "-out", "cert.pem"])
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        let certificate = CertificateDer::from_pem_file(folder.path().join("cert.pem")).unwrap();
+        let key = PrivateKeyDer::from_pem_file(folder.path().join("key.pem")).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.clone()], key)
+            .unwrap();
+        let mut server = ServerConnection::new(Arc::new(config)).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate).unwrap();
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("broker").unwrap();
+        let mut client = ClientConnection::new(Arc::new(config), name).unwrap();
+        while client.is_handshaking() || server.is_handshaking() {
+            let mut wire = Vec::new();
+            flush(&mut client, &mut wire).unwrap();
+            receive(&mut server, &wire);
+            let mut wire = Vec::new();
+            while server.wants_write() {
+                server.write_tls(&mut wire).unwrap();
+            }
+            let mut wire = wire.as_slice();
+            while !wire.is_empty() {
+                client.read_tls(&mut wire).unwrap();
+                client.process_new_packets().unwrap();
+            }
+        }
+        (TlsStream::new(client, Choking::default()), server)
+    }
+
+    /// What the server reads from `wire`.
+    fn receive(server: &mut ServerConnection, mut wire: &[u8]) -> Vec<u8> {
+        let mut plaintext = Vec::new();
+        while !wire.is_empty() {
+            server.read_tls(&mut wire).unwrap();
+            server.process_new_packets().unwrap();
+            let mut part = [0; 65_536];
+            while let Ok(count @ 1..) = server.reader().read(&mut part) {
+                plaintext.extend_from_slice(&part[..count]);
+            }
+        }
+        plaintext
+    }
+
+    #[test]
+    fn bytes_that_write_took_are_on_the_wire_to_the_last_one() {
+        let (mut stream, mut server) = pair();
+        let sent: Vec<u8> = (0..200_000_u32).map(|i| (i % 251) as u8).collect();
+        let mut arrived = Vec::new();
+        let mut taken = 0;
+        let mut blocked = 0;
+        while taken < sent.len() {
+            stream.socket.appetite = 1 + (taken * 7 + blocked * 977) % 9_000;
+            match stream.write(&sent[taken..]) {
+                Ok(count) => {
+                    assert!(count > 0, "amiquip would spin");
+                    taken += count;
+                }
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    blocked += 1;
+                }
+            }
+            let wire = std::mem::take(&mut stream.socket.outbound);
+            arrived.extend(receive(&mut server, &wire));
+            assert!(
+                arrived.len() >= taken,
+                "{taken} taken, {} arrived",
+                arrived.len()
+            );
+        }
+        assert!(blocked > 10, "the socket never choked");
+        assert!(arrived == sent);
+    }
+
+    #[test]
+    fn a_read_blocks_only_when_nothing_decrypted_is_left() {
+        let (mut stream, mut server) = pair();
+        let sent: Vec<u8> = (0..100_000_u32).map(|i| (i % 251) as u8).collect();
+        let mut rest = sent.as_slice();
+        let mut got = Vec::new();
+        while got.len() < sent.len() {
+            if !rest.is_empty() {
+                let count = server.writer().write(rest).unwrap();
+                rest = &rest[count..];
+            }
+            while server.wants_write() {
+                server.write_tls(&mut stream.socket.inbound).unwrap();
+            }
+            stream.socket.appetite = 1 + got.len() % 20_000;
+            let mut part = [0; 777];
+            let error = loop {
+                match stream.read(&mut part) {
+                    Ok(count) => got.extend_from_slice(&part[..count]),
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+            assert!(
+                stream.tls.reader().read(&mut part).is_err(),
+                "plaintext was left behind"
+            );
+            assert!(stream.socket.appetite == 0 || stream.socket.inbound.is_empty());
+        }
+        assert!(got == sent);
+    }
+}

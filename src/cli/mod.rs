@@ -4,6 +4,7 @@
 pub mod check;
 pub mod ledger;
 pub mod migrate;
+pub mod publish;
 pub mod run;
 
 use std::io::Write;
@@ -73,6 +74,8 @@ pub enum Command {
     Migrate(migrate::Arguments),
     /// Look after the ledger
     Ledger(ledger::Arguments),
+    /// Publish messages, each confirmed by the broker: for tests and repairs
+    Publish(publish::Arguments),
 }
 
 /// Where the configuration is.
@@ -130,6 +133,7 @@ pub fn main() -> Exit {
         Command::Check(arguments) => check::run(&arguments),
         Command::Migrate(arguments) => migrate::run(&arguments),
         Command::Ledger(arguments) => ledger::run(&arguments),
+        Command::Publish(arguments) => publish::run(&arguments),
     };
     result.unwrap_or_else(|exit| exit)
 }

@@ -36,10 +36,6 @@ use files::Unreadable;
 use reader::{Reader, Section};
 use source::{Source, Span};
 
-/// Most `.` on one line. A dotted key nests a table for each, and dropping a
-/// table nested some thousands deep overflows the stack.
-const DOTS_PER_LINE_MAX: usize = 100;
-
 /// Reads the configuration at `path`; `${VAR}`s come from the environment of
 /// the process.
 ///
@@ -68,10 +64,6 @@ pub fn parse(
     let folder = origin.parent().unwrap_or(Path::new(""));
     let reader = Reader::new(text, folder, env);
     let fail = |reader: Reader<'_>| Err(ConfigError::new(origin, reader.into_problems()));
-    refuse_endless_keys(&reader);
-    if reader.has_findings() {
-        return fail(reader);
-    }
     let (table, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
         report_syntax(&reader, &errors);
@@ -100,20 +92,6 @@ fn read(reader: &Reader<'_>, table: &DeTable<'_>) -> Option<Config> {
         daemon,
         consumers,
     })
-}
-
-fn refuse_endless_keys(reader: &Reader<'_>) {
-    let mut offset = 0;
-    for line in reader.source.text.split_inclusive('\n') {
-        if line.bytes().filter(|byte| *byte == b'.').count() > DOTS_PER_LINE_MAX {
-            reader.report(
-                Span::from(offset..offset),
-                format!("line with more than {DOTS_PER_LINE_MAX} dots"),
-                "break the line, or put long statements into a file of their own",
-            );
-        }
-        offset += line.len();
-    }
 }
 
 /// One problem for each line: what follows on the same line is mostly a

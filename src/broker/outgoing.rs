@@ -1,0 +1,456 @@
+//! A message to be published: plain data, what it must keep to, and how it
+//! looks in AMQP. Sends nothing.
+//!
+//! The limits are checked before anything is sent, because the broker answers
+//! a breach by closing the connection, which takes every unconfirmed message
+//! with it.
+
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+
+use amiquip::{AmqpProperties, AmqpValue, FieldTable};
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use super::confirms::Likeness;
+
+/// Longest exchange, routing key, message id, content type and header name, in
+/// bytes: AMQP short strings.
+pub const SHORT_STRING_MAX_BYTES: usize = 255;
+
+/// Longest encoded properties, headers included, in bytes. With 12 bytes of
+/// class and body size before them, and 8 bytes around a frame, they must fit
+/// into RabbitMQ's default `frame_max` of 131,072.
+pub const PROPERTIES_MAX_BYTES: usize = 131_072 - 8 - 12;
+
+/// Most headers, those in nested tables and items of arrays counted.
+pub const HEADERS_MAX: usize = 4_096;
+
+/// Deepest nesting of headers; what the guard lets in again.
+pub const HEADER_DEPTH_MAX: usize = 32;
+
+/// Longest body, in bytes: RabbitMQ's default `max_message_size` up to 3.13.
+/// Since 4.0 it is 16 MiB, and the broker says so when it is exceeded.
+pub const BODY_MAX_BYTES: usize = 128 * 1024 * 1024;
+
+/// `delivery_mode` of a message that is written to disk.
+const PERSISTENT: u8 = 2;
+
+/// A message to be published.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Outgoing {
+    /// Exchange; empty for the default exchange, which routes to the queue
+    /// named by the routing key.
+    pub exchange: String,
+    /// Routing key.
+    pub routing_key: String,
+    /// Body.
+    pub body: Vec<u8>,
+    /// The `message_id` property.
+    pub message_id: Option<String>,
+    /// The `content_type` property.
+    pub content_type: Option<String>,
+    /// The `timestamp` property, in seconds since 1970.
+    pub timestamp: Option<u64>,
+    /// The header table. Integers become 64-bit, fractions doubles, objects
+    /// tables.
+    pub headers: Map<String, Value>,
+}
+
+/// Why a message cannot be sent at all. Nothing was sent.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Unfit {
+    /// A short string is too long.
+    #[error("its {what} has {bytes} bytes, and AMQP allows at most {SHORT_STRING_MAX_BYTES}")]
+    TooLong {
+        /// Which one.
+        what: &'static str,
+        /// How long it is.
+        bytes: usize,
+    },
+    /// The name of a header is too long.
+    #[error(
+        "a header's name has {bytes} bytes, and AMQP allows at most {SHORT_STRING_MAX_BYTES}: \
+         {name:.40}…"
+    )]
+    HeaderName {
+        /// The name.
+        name: String,
+        /// How long it is.
+        bytes: usize,
+    },
+    /// Too many headers.
+    #[error("it has more than {HEADERS_MAX} headers, nested ones counted")]
+    TooManyHeaders,
+    /// Headers nested too deep.
+    #[error("its headers are nested more than {HEADER_DEPTH_MAX} levels deep")]
+    HeadersTooDeep,
+    /// A header that AMQP has no type for.
+    #[error("its header {name:?} is {number}, which does not fit into 64 bits with a sign")]
+    HeaderNumber {
+        /// The outermost header it stands in.
+        name: String,
+        /// The number.
+        number: String,
+    },
+    /// Properties and headers do not fit into a frame.
+    #[error(
+        "its properties and headers take {bytes} bytes, and at most {PROPERTIES_MAX_BYTES} fit \
+         into a frame"
+    )]
+    PropertiesTooLarge {
+        /// How many they take.
+        bytes: usize,
+    },
+    /// The body is too long.
+    #[error("its body has {bytes} bytes, and at most {BODY_MAX_BYTES} are allowed")]
+    BodyTooLarge {
+        /// How long it is.
+        bytes: usize,
+    },
+}
+
+/// Its properties as AMQP has them, and how many bytes they take.
+pub(super) fn encode(message: &Outgoing) -> Result<(AmqpProperties, usize), Unfit> {
+    short("exchange", &message.exchange)?;
+    short("routing key", &message.routing_key)?;
+    if message.body.len() > BODY_MAX_BYTES {
+        return Err(Unfit::BodyTooLarge {
+            bytes: message.body.len(),
+        });
+    }
+    let mut properties = AmqpProperties::default().with_delivery_mode(PERSISTENT);
+    // Property flags, and the delivery mode.
+    let mut bytes = 2 + 1;
+    if let Some(id) = &message.message_id {
+        bytes += short("message id", id)?;
+        properties = properties.with_message_id(id.clone());
+    }
+    if let Some(content_type) = &message.content_type {
+        bytes += short("content type", content_type)?;
+        properties = properties.with_content_type(content_type.clone());
+    }
+    if let Some(timestamp) = message.timestamp {
+        bytes += 8;
+        properties = properties.with_timestamp(timestamp);
+    }
+    if !message.headers.is_empty() {
+        let mut tally = Tally::default();
+        properties = properties.with_headers(tally.table(&message.headers, 1)?);
+        bytes += tally.bytes;
+    }
+    if bytes > PROPERTIES_MAX_BYTES {
+        return Err(Unfit::PropertiesTooLarge { bytes });
+    }
+    Ok((properties, bytes))
+}
+
+/// The bytes a short string takes, its length byte included.
+fn short(what: &'static str, text: &str) -> Result<usize, Unfit> {
+    if text.len() > SHORT_STRING_MAX_BYTES {
+        return Err(Unfit::TooLong {
+            what,
+            bytes: text.len(),
+        });
+    }
+    Ok(1 + text.len())
+}
+
+/// Counts while it converts, so that nothing over the limits is built.
+#[derive(Default)]
+struct Tally {
+    bytes: usize,
+    headers: usize,
+    /// The outermost header at work, for errors.
+    name: String,
+}
+
+impl Tally {
+    fn table(&mut self, map: &Map<String, Value>, depth: usize) -> Result<FieldTable, Unfit> {
+        self.bytes += 4;
+        let mut table = FieldTable::new();
+        for (name, value) in map {
+            if name.len() > SHORT_STRING_MAX_BYTES {
+                return Err(Unfit::HeaderName {
+                    name: name.clone(),
+                    bytes: name.len(),
+                });
+            }
+            if depth == 1 {
+                self.name.clone_from(name);
+            }
+            self.bytes += 1 + name.len();
+            table.insert(name.clone(), self.value(value, depth)?);
+        }
+        Ok(table)
+    }
+
+    fn value(&mut self, value: &Value, depth: usize) -> Result<AmqpValue, Unfit> {
+        if depth > HEADER_DEPTH_MAX {
+            return Err(Unfit::HeadersTooDeep);
+        }
+        self.headers += 1;
+        if self.headers > HEADERS_MAX {
+            return Err(Unfit::TooManyHeaders);
+        }
+        self.bytes += 1;
+        Ok(match value {
+            Value::Null => AmqpValue::Void,
+            Value::Bool(flag) => {
+                self.bytes += 1;
+                AmqpValue::Boolean(*flag)
+            }
+            Value::Number(number) => {
+                self.bytes += 8;
+                self.number(number)?
+            }
+            Value::String(text) => {
+                self.bytes += 4 + text.len();
+                AmqpValue::LongString(text.clone())
+            }
+            Value::Array(items) => {
+                self.bytes += 4;
+                let items = items.iter().map(|item| self.value(item, depth + 1));
+                AmqpValue::FieldArray(items.collect::<Result<_, _>>()?)
+            }
+            Value::Object(map) => AmqpValue::FieldTable(self.table(map, depth + 1)?),
+        })
+    }
+
+    fn number(&self, number: &serde_json::Number) -> Result<AmqpValue, Unfit> {
+        if let Some(integer) = number.as_i64() {
+            return Ok(AmqpValue::LongLongInt(integer));
+        }
+        match number.as_f64() {
+            Some(fraction) if !number.is_u64() => Ok(AmqpValue::Double(fraction)),
+            _ => Err(Unfit::HeaderNumber {
+                name: self.name.clone(),
+                number: number.to_string(),
+            }),
+        }
+    }
+}
+
+/// Hashes messages for [`Likeness`], with keys of its own.
+#[derive(Debug, Default)]
+pub(super) struct Likener(RandomState);
+
+impl Likener {
+    /// Of a message as it is published, or as it was returned.
+    pub(super) fn of(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        body: &[u8],
+        properties: &AmqpProperties,
+    ) -> Likeness {
+        let mut hasher = self.0.build_hasher();
+        (exchange, routing_key, properties.message_id(), body).hash(&mut hasher);
+        let loose = hasher.finish();
+        (properties.content_type(), properties.timestamp()).hash(&mut hasher);
+        if let Some(headers) = properties.headers() {
+            hash_table(headers, &mut hasher);
+        }
+        Likeness {
+            exact: hasher.finish(),
+            loose,
+        }
+    }
+}
+
+fn hash_table(table: &FieldTable, hasher: &mut impl Hasher) {
+    table.len().hash(hasher);
+    for (name, value) in table {
+        name.hash(hasher);
+        hash_value(value, hasher);
+    }
+}
+
+/// The types that [`Tally`] makes; the others do not come back as none of them
+/// was sent, and count as equal among themselves.
+fn hash_value(value: &AmqpValue, hasher: &mut impl Hasher) {
+    std::mem::discriminant(value).hash(hasher);
+    match value {
+        AmqpValue::Boolean(flag) => flag.hash(hasher),
+        AmqpValue::LongLongInt(integer) => integer.hash(hasher),
+        AmqpValue::Double(fraction) => fraction.to_bits().hash(hasher),
+        AmqpValue::LongString(text) => text.hash(hasher),
+        AmqpValue::FieldArray(items) => {
+            items.len().hash(hasher);
+            items.iter().for_each(|item| hash_value(item, hasher));
+        }
+        AmqpValue::FieldTable(table) => hash_table(table, hasher),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn with_headers(headers: Value) -> Outgoing {
+        let Value::Object(headers) = headers else {
+            panic!("headers are an object");
+        };
+        Outgoing {
+            headers,
+            ..Outgoing::default()
+        }
+    }
+
+    #[test]
+    fn strings_over_255_bytes_are_refused_by_name() {
+        let long = || "é".repeat(128);
+        let cases = [
+            (
+                "exchange",
+                Outgoing {
+                    exchange: long(),
+                    ..Outgoing::default()
+                },
+            ),
+            (
+                "routing key",
+                Outgoing {
+                    routing_key: long(),
+                    ..Outgoing::default()
+                },
+            ),
+            (
+                "message id",
+                Outgoing {
+                    message_id: Some(long()),
+                    ..Outgoing::default()
+                },
+            ),
+            (
+                "content type",
+                Outgoing {
+                    content_type: Some(long()),
+                    ..Outgoing::default()
+                },
+            ),
+        ];
+        for (expected, message) in cases {
+            let error = encode(&message).unwrap_err();
+            assert_eq!(
+                error,
+                Unfit::TooLong {
+                    what: expected,
+                    bytes: 256
+                }
+            );
+        }
+        let error = encode(&with_headers(json!({ long(): 1 }))).unwrap_err();
+        assert!(
+            matches!(error, Unfit::HeaderName { bytes: 256, .. }),
+            "{error}"
+        );
+        let fits = Outgoing {
+            message_id: Some("x".repeat(255)),
+            ..Outgoing::default()
+        };
+        assert!(encode(&fits).is_ok());
+    }
+
+    #[test]
+    fn headers_without_bound_are_refused() {
+        let many: Map<_, _> = (0..=HEADERS_MAX)
+            .map(|i| (i.to_string(), json!(i)))
+            .collect();
+        assert_eq!(
+            encode(&with_headers(many.into())).unwrap_err(),
+            Unfit::TooManyHeaders
+        );
+
+        let nested = |levels| (0..levels).fold(json!(1), |inner, _| json!([inner]));
+        assert!(encode(&with_headers(json!({ "h": nested(HEADER_DEPTH_MAX - 1) }))).is_ok());
+        let error = encode(&with_headers(json!({ "h": nested(HEADER_DEPTH_MAX) }))).unwrap_err();
+        assert_eq!(error, Unfit::HeadersTooDeep);
+
+        let error = encode(&with_headers(json!({ "big": { "n": u64::MAX } }))).unwrap_err();
+        assert_eq!(
+            error,
+            Unfit::HeaderNumber {
+                name: "big".into(),
+                number: u64::MAX.to_string()
+            }
+        );
+
+        let error = encode(&with_headers(json!({ "h": "x".repeat(131_072) }))).unwrap_err();
+        assert!(matches!(error, Unfit::PropertiesTooLarge { .. }), "{error}");
+    }
+
+    #[test]
+    fn the_likeness_tells_every_part_of_a_message_apart() {
+        let likener = Likener::default();
+        let base = || Outgoing {
+            exchange: "e".into(),
+            routing_key: "k".into(),
+            body: b"b".to_vec(),
+            message_id: Some("m".into()),
+            content_type: Some("c".into()),
+            timestamp: Some(1),
+            headers: with_headers(json!({ "a": [1, true, null, 1.5, { "x": "y" }] })).headers,
+        };
+        let of = |message: &Outgoing| {
+            let (properties, _) = encode(message).unwrap();
+            likener.of(
+                &message.exchange,
+                &message.routing_key,
+                &message.body,
+                &properties,
+            )
+        };
+        assert_eq!(of(&base()), of(&base()));
+        let loosely_alike = [
+            Outgoing {
+                content_type: None,
+                ..base()
+            },
+            Outgoing {
+                timestamp: Some(2),
+                ..base()
+            },
+            Outgoing {
+                headers: Map::new(),
+                ..base()
+            },
+            Outgoing {
+                headers: with_headers(json!({ "a": [1, true, null, 1.5, { "x": "z" }] })).headers,
+                ..base()
+            },
+        ];
+        for other in loosely_alike {
+            assert_ne!(of(&other).exact, of(&base()).exact, "{other:?}");
+            assert_eq!(of(&other).loose, of(&base()).loose, "{other:?}");
+        }
+        let different = [
+            Outgoing {
+                exchange: "f".into(),
+                ..base()
+            },
+            Outgoing {
+                routing_key: "l".into(),
+                ..base()
+            },
+            Outgoing {
+                body: b"c".to_vec(),
+                ..base()
+            },
+            Outgoing {
+                message_id: None,
+                ..base()
+            },
+            Outgoing {
+                exchange: "ek".into(),
+                routing_key: String::new(),
+                ..base()
+            },
+        ];
+        for other in different {
+            assert_ne!(of(&other).loose, of(&base()).loose, "{other:?}");
+        }
+    }
+}

@@ -1,0 +1,401 @@
+//! The configuration as its users meet it: what is shipped works, and every
+//! mistake is named with its place and the way out.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
+use std::path::Path;
+use std::time::Duration;
+
+use ackonce::config::checked::{BindingArgument, Handler, Identity, QueueType};
+use ackonce::config::{self, Config, ConfigError, Problem, defaults, keys, to_toml};
+use tempfile::TempDir;
+
+mod display;
+mod mistakes;
+mod properties;
+
+const SHIPPED: &str = include_str!("../../config.toml");
+
+/// A configuration with nothing but what must be there.
+const SMALLEST: &str = r#"[broker]
+url = "amqp://h"
+
+[redis]
+url = "redis://h"
+
+[postgres]
+url = "postgres://h/d"
+
+[daemon]
+
+[[consumer]]
+name = "orders"
+
+[consumer.claim]
+
+[consumer.topology]
+
+[consumer.handler]
+type = "sql"
+sql = "SELECT 1"
+"#;
+
+fn shipped_path() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/config.toml"))
+}
+
+fn no_env(_: &str) -> Option<String> {
+    None
+}
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    config::parse(text, shipped_path(), &no_env)
+}
+
+fn problems(text: &str) -> Vec<Problem> {
+    match parse(text) {
+        Ok(_) => panic!("accepted:\n{text}"),
+        Err(error) => error.problems().to_vec(),
+    }
+}
+
+/// [`SMALLEST`] with `lines` below `header`.
+fn below(header: &str, lines: &str) -> String {
+    let header = format!("{header}\n");
+    assert_eq!(SMALLEST.matches(&header).count(), 1, "{header}");
+    SMALLEST.replace(&header, &format!("{header}{lines}\n"))
+}
+
+fn line_and_column(problem: &Problem) -> (usize, usize) {
+    let place = problem.place.as_ref().expect("a place in the file");
+    (place.line, place.column)
+}
+
+#[test]
+fn the_shipped_configuration_loads_and_holds_every_default() {
+    let config = parse(SHIPPED).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(
+        config.broker.url.expose(),
+        "amqp://guest:guest@127.0.0.1:5672/%2f"
+    );
+    assert_eq!(config.broker.ca_file, None);
+    assert_eq!(config.broker.heartbeat, defaults::HEARTBEAT.default);
+    assert_eq!(
+        config.broker.connect_timeout,
+        defaults::BROKER_CONNECT_TIMEOUT.default
+    );
+    assert_eq!(config.redis.is_some(), defaults::REDIS_ENABLED);
+    let redis = config.redis.as_ref().unwrap();
+    assert_eq!(redis.url.expose(), "redis://127.0.0.1:6379/0");
+    assert_eq!(redis.key_prefix, defaults::REDIS_KEY_PREFIX);
+    assert_eq!(
+        redis.connect_timeout,
+        defaults::REDIS_CONNECT_TIMEOUT.default
+    );
+    assert_eq!(redis.timeout, defaults::REDIS_TIMEOUT.default);
+    let postgres = &config.postgres;
+    assert_eq!(
+        postgres.url.expose(),
+        "postgres://ackonce@127.0.0.1:5432/ackonce"
+    );
+    assert_eq!(
+        postgres.connect_timeout,
+        defaults::POSTGRES_CONNECT_TIMEOUT.default
+    );
+    assert_eq!(
+        postgres.statement_timeout,
+        defaults::STATEMENT_TIMEOUT.default
+    );
+    assert_eq!(postgres.lock_timeout, defaults::LOCK_TIMEOUT.default);
+    let idle = defaults::IDLE_IN_TRANSACTION_TIMEOUT.default;
+    assert_eq!(postgres.idle_in_transaction_timeout, idle);
+    assert_eq!(postgres.auto_migrate, defaults::AUTO_MIGRATE);
+    assert_eq!(
+        config.daemon.shutdown_timeout,
+        defaults::SHUTDOWN_TIMEOUT.default
+    );
+    assert_eq!(config.daemon.reconnect_min, defaults::RECONNECT_MIN.default);
+    assert_eq!(config.daemon.reconnect_max, defaults::RECONNECT_MAX.default);
+
+    let [consumer] = config.consumers.as_slice() else {
+        panic!("one consumer, not {}", config.consumers.len());
+    };
+    assert_eq!(consumer.name, "orders");
+    assert_eq!(consumer.workers, defaults::WORKERS.default);
+    assert_eq!(consumer.prefetch, defaults::PREFETCH.default);
+    assert_eq!(consumer.batch_max, defaults::BATCH_MAX.default);
+    assert_eq!(consumer.max_body, defaults::MAX_BODY.default);
+    assert_eq!(consumer.identity, defaults::IDENTITY);
+    assert_eq!(consumer.confirm_duplicates, defaults::CONFIRM_DUPLICATES);
+    assert_eq!(consumer.claim.lease, defaults::LEASE.default);
+    assert_eq!(consumer.claim.renew_every, defaults::RENEW_EVERY.default);
+    assert_eq!(consumer.claim.done_ttl, defaults::DONE_TTL.default);
+    assert_eq!(
+        consumer.claim.recheck_every,
+        defaults::RECHECK_EVERY.default
+    );
+    let topology = &consumer.topology;
+    assert_eq!(topology.queue, consumer.name);
+    assert_eq!(topology.queue_type, defaults::QUEUE_TYPE);
+    assert_eq!(
+        topology.delivery_limit,
+        Some(defaults::DELIVERY_LIMIT.default)
+    );
+    assert_eq!(topology.dead_letter_exchange, "orders.dlx");
+    assert_eq!(topology.dead_letter_queue, "orders.dead");
+    let Handler::Sql(handler) = &consumer.handler;
+    assert!(handler.text.contains("INSERT INTO orders"));
+    assert!(handler.origin.ends_with("sql/examples/orders.sql"));
+}
+
+#[test]
+fn leaving_everything_out_is_the_same_as_the_shipped_values() {
+    let shipped = parse(SHIPPED).unwrap_or_else(|error| panic!("{error}"));
+    let mut smallest = parse(SMALLEST).unwrap_or_else(|error| panic!("{error}"));
+    smallest.broker.url = shipped.broker.url.clone();
+    smallest.redis.as_mut().unwrap().url = shipped.redis.as_ref().unwrap().url.clone();
+    smallest.postgres.url = shipped.postgres.url.clone();
+    smallest.consumers[0].handler = shipped.consumers[0].handler.clone();
+    smallest.consumers[0].topology.bindings = shipped.consumers[0].topology.bindings.clone();
+    assert_eq!(smallest, shipped);
+}
+
+#[test]
+fn the_shipped_configuration_mentions_every_key_in_its_section() {
+    for section in &keys::ALL[1..] {
+        let start = SHIPPED
+            .lines()
+            .position(|line| line.starts_with(section.title))
+            .unwrap_or_else(|| panic!("{} is missing", section.title));
+        let body: Vec<&str> = SHIPPED
+            .lines()
+            .skip(start + 1)
+            .take_while(|line| !line.starts_with('['))
+            .collect();
+        for key in section.keys {
+            let is_subsection = keys::ALL.iter().any(|other| {
+                other
+                    .title
+                    .trim_matches(['[', ']'])
+                    .ends_with(&format!(".{key}"))
+            });
+            let mentioned = body.iter().any(|line| {
+                let line = line.trim_start_matches("# ");
+                line.split_once(" = ").is_some_and(|(name, _)| name == *key)
+            });
+            assert!(mentioned || is_subsection, "{key} in {}", section.title);
+        }
+    }
+}
+
+#[test]
+fn what_is_printed_reads_back_the_same() {
+    let folder = TempDir::new().unwrap();
+    let ca_file = folder.path().join("ca.pem");
+    std::fs::write(&ca_file, "-----BEGIN CERTIFICATE-----\n").unwrap();
+    let full = format!(
+        r##"{SMALLEST}
+[[consumer]]
+name = "b"
+workers = 256
+max_body = 100_001
+identity = "json:/a~1b"
+confirm_duplicates = true
+claim = {{ lease = "1m30s", done_ttl = "90s" }}
+handler = {{ type = "sql", sql = """
+SELECT '$${{x}}', "a\b\\ \t é \u0007" -- $$ DO $$
+""" }}
+[consumer.topology]
+queue = "quoted \" ' $${{"
+queue_type = "classic"
+binding = [
+  {{ exchange = "amq.headers", exchange_type = "headers", arguments = {{ x-match = "any", "a b" = 0x10, c = true, d = "$${{" }} }},
+  {{ exchange = "t", exchange_type = "topic", routing_key = "#" }},
+]
+"##
+    )
+    .replace("amqp://h", "amqps://u:p%2f$${A}@h/v")
+    .replace("[broker]", &format!("[broker]\nca_file = '{}'", ca_file.display()));
+    let off = SMALLEST.replace("[redis]", "[redis]\nenabled = false");
+    for text in [SHIPPED, SMALLEST, &full, &off] {
+        let config = parse(text).unwrap_or_else(|error| panic!("{error}"));
+        let printed = to_toml(&config, true);
+        let elsewhere = Path::new("/nowhere/at/all.toml");
+        let again = config::parse(&printed, elsewhere, &no_env)
+            .unwrap_or_else(|error| panic!("{printed}\n{error}"));
+        assert_eq!(again, config, "{printed}");
+    }
+}
+
+#[test]
+fn secrets_are_printed_only_when_asked_for() {
+    let config = parse(&SMALLEST.replace("amqp://h", "amqp://u:hunter2@h")).unwrap();
+    let printed = to_toml(&config, false);
+    assert_eq!(
+        printed.matches("url = \"<redacted>\"").count(),
+        3,
+        "{printed}"
+    );
+    assert!(!printed.contains("hunter2"), "{printed}");
+    assert!(!format!("{config:?}").contains("hunter2"));
+}
+
+#[test]
+fn every_section_takes_the_values_it_documents() {
+    let text = below(
+        "[consumer.topology]",
+        "queue = \"q\"\nqueue_type = \"classic\"\n[[consumer.topology.binding]]\nexchange = \"h\"\n\
+         exchange_type = \"headers\"\narguments = { x-match = \"all\", tier = 2, vip = true }",
+    )
+    .replace(
+        "name = \"orders\"",
+        "name = \"orders\"\nidentity = \"header:x-id\"",
+    );
+    let config = parse(&text).unwrap_or_else(|error| panic!("{error}"));
+    let consumer = &config.consumers[0];
+    assert_eq!(consumer.identity, Identity::Header("x-id".into()));
+    assert_eq!(consumer.topology.queue_type, QueueType::Classic);
+    assert_eq!(consumer.topology.delivery_limit, None);
+    assert_eq!(consumer.topology.dead_letter_queue, "q.dead");
+    assert_eq!(
+        consumer.topology.bindings[0].arguments,
+        [
+            ("tier".to_owned(), BindingArgument::Integer(2)),
+            ("vip".to_owned(), BindingArgument::Boolean(true)),
+            ("x-match".to_owned(), BindingArgument::Text("all".into())),
+        ]
+    );
+}
+
+#[test]
+fn variables_come_from_the_environment_everywhere() {
+    let text = below(
+        "[consumer.topology]",
+        "[[consumer.topology.binding]]\nexchange = \"${X}\"\nexchange_type = \"${T:-headers}\"\n\
+         arguments = { a = \"${X}\" }",
+    )
+    .replace("amqp://h", "amqp://${X}:${Y}@h")
+    .replace("[daemon]", "[daemon]\nshutdown_timeout = \"${Y}s\"");
+    let env = |name: &str| match name {
+        "X" => Some("x".to_owned()),
+        "Y" => Some("7".to_owned()),
+        _ => None,
+    };
+    let config = config::parse(&text, shipped_path(), &env).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(config.broker.url.expose(), "amqp://x:7@h");
+    assert_eq!(config.daemon.shutdown_timeout, Duration::from_secs(7));
+    let binding = &config.consumers[0].topology.bindings[0];
+    assert_eq!(binding.exchange, "x");
+    assert_eq!(binding.arguments[0].1, BindingArgument::Text("x".into()));
+}
+
+#[test]
+fn a_url_can_come_from_a_file_beside_the_configuration() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("ackonce.toml");
+    let text = SMALLEST.replace("url = \"amqp://h\"", "url_file = \"${DIR:-secrets}/amqp\"");
+    std::fs::create_dir(folder.path().join("secrets")).unwrap();
+    let secret = folder.path().join("secrets/amqp");
+    std::fs::write(&path, text).unwrap();
+    let load = || config::load(&path);
+
+    let missing = load().unwrap_err();
+    assert_eq!(missing.problems().len(), 1, "{missing}");
+    assert_eq!(line_and_column(&missing.problems()[0]), (2, 12));
+    let resolved = secret.display().to_string();
+    assert!(
+        missing.problems()[0].message.contains(&resolved),
+        "{missing}"
+    );
+
+    std::fs::write(&secret, "\n").unwrap();
+    assert!(
+        load()
+            .unwrap_err()
+            .to_string()
+            .contains("names an empty file")
+    );
+    std::fs::write(&secret, b"amqp://\xff").unwrap();
+    assert!(
+        load()
+            .unwrap_err()
+            .to_string()
+            .contains("not UTF-8 at byte 8")
+    );
+    std::fs::write(&secret, "http://u:hunter2@h\n").unwrap();
+    let wrong = load().unwrap_err().to_string();
+    assert!(
+        wrong.contains("`url_file` does not begin with amqp://"),
+        "{wrong}"
+    );
+    assert!(!wrong.contains("hunter2"), "{wrong}");
+
+    std::fs::write(&secret, "amqp://u:hunter2@h/v\r\n").unwrap();
+    assert_eq!(load().unwrap().broker.url.expose(), "amqp://u:hunter2@h/v");
+}
+
+#[test]
+fn a_handler_file_is_read_from_the_configurations_folder() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("ackonce.toml");
+    std::fs::write(
+        &path,
+        SMALLEST.replace("sql = \"SELECT 1\"", "file = \"a.sql\""),
+    )
+    .unwrap();
+    let sql = folder.path().join("a.sql");
+    let fails_with = |reason: &str| {
+        let error = config::load(&path).unwrap_err();
+        let [problem] = error.problems() else {
+            panic!("{error}");
+        };
+        assert_eq!(line_and_column(problem), (21, 8));
+        assert!(
+            problem.message.contains(&sql.display().to_string()),
+            "{problem:?}"
+        );
+        assert!(problem.message.contains(reason), "{problem:?}");
+    };
+    fails_with("No such file");
+    std::fs::write(&sql, " \n").unwrap();
+    fails_with("holds no statement");
+    std::fs::write(&sql, "SELECT '\0'").unwrap();
+    fails_with("NUL");
+    std::fs::write(&sql, b"SELECT '\xe9'").unwrap();
+    fails_with("not UTF-8 at byte 9");
+    std::fs::remove_file(&sql).unwrap();
+    std::fs::create_dir(&sql).unwrap();
+    fails_with("directory");
+    std::fs::remove_dir(&sql).unwrap();
+    std::fs::write(&sql, "SELECT '${X}'").unwrap();
+    let config = config::load(&path).unwrap();
+    let Handler::Sql(handler) = &config.consumers[0].handler;
+    assert_eq!(handler.text, "SELECT '${X}'");
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_a_problem_too() {
+    let folder = TempDir::new().unwrap();
+    let missing = config::load(&folder.path().join("none.toml")).unwrap_err();
+    assert_eq!(missing.problems().len(), 1);
+    assert!(missing.to_string().contains("none.toml"), "{missing}");
+    assert!(missing.to_string().contains("--config"), "{missing}");
+
+    let latin = folder.path().join("latin.toml");
+    std::fs::write(&latin, b"[broker]\n# caf\xe9").unwrap();
+    let latin = config::load(&latin).unwrap_err();
+    assert_eq!(line_and_column(&latin.problems()[0]), (2, 6), "{latin}");
+
+    let long = folder.path().join("long.toml");
+    std::fs::write(&long, "#".repeat(defaults::CONFIG_FILE_MAX + 1)).unwrap();
+    assert!(
+        config::load(&long)
+            .unwrap_err()
+            .to_string()
+            .contains("longer than")
+    );
+}

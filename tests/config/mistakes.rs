@@ -1,0 +1,320 @@
+//! Each mistake that can be made, with its place, message and hint.
+
+use std::fmt::Write as _;
+
+use ackonce::config::Problem;
+use tempfile::TempDir;
+
+use crate::{SMALLEST, below, line_and_column, parse, problems};
+
+/// One mistake below one header of [`SMALLEST`].
+struct Mistake {
+    header: &'static str,
+    lines: &'static str,
+    at: (usize, usize),
+    message: &'static str,
+    hint: &'static str,
+}
+
+macro_rules! mistakes {
+    ($($header:literal + $lines:literal => $line:literal : $column:literal $message:literal / $hint:literal)*) => {
+        [$(Mistake { header: $header, lines: $lines, at: ($line, $column), message: $message, hint: $hint }),*]
+    };
+}
+
+fn check_each(mistakes: &[Mistake]) {
+    let mut wrong = String::new();
+    for mistake in mistakes {
+        let found = problems(&below(mistake.header, mistake.lines));
+        let fits = |problem: &Problem| {
+            problem.message.contains(mistake.message)
+                && problem.hint.contains(mistake.hint)
+                && line_and_column(problem) == mistake.at
+        };
+        if found.len() != 1 || !fits(&found[0]) {
+            let _ = writeln!(wrong, "{:?} gave {found:#?}", mistake.lines);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+#[test]
+fn a_mistake_in_a_servers_section_is_named_with_its_place_and_a_hint() {
+    check_each(&mistakes! {
+        "[broker]" + "hartbeat = \"10s\"" => 2:1 "unknown key `hartbeat` in [broker]" / "did you mean `heartbeat`?"
+        "[broker]" + "prefetch = 1" => 2:1 "unknown key `prefetch`" / "belongs to [[consumer]]"
+        "[broker]" + "zzz = 1" => 2:1 "unknown key `zzz`" / "[broker] has: url, url_file"
+        "[daemon]" + "[posgres]" => 11:2 "unknown section `posgres` at the top level" / "did you mean `postgres`?"
+        "[broker]" + "heartbeat = 10" => 2:13 "`heartbeat` has no unit: 10" / "add a unit: heartbeat = \"10s\""
+        "[broker]" + "heartbeat = \"10\"" => 2:13 "`heartbeat` has no unit: `10`" / "add a unit"
+        "[broker]" + "heartbeat = true" => 2:13 "`heartbeat` must be a duration in quotes, found a boolean" / "heartbeat = \"10s\""
+        "[broker]" + "heartbeat = \"16s\"" => 2:13 "`heartbeat` is out of range: 16s" / "allowed: 5s to 15s"
+        "[broker]" + "heartbeat = \"5s500ms\"" => 2:13 "`heartbeat` must be whole seconds" / "\"10s\""
+        "[broker]" + "connect_timeout = \"0s\"" => 2:19 "`connect_timeout` is out of range: 0ms" / "100ms to 5m"
+        "[broker]" + "connect_timeout = \"-1s\"" => 2:19 "`connect_timeout` is negative" / "10s"
+        "[broker]" + "connect_timeout = \"99999999999999999999s\"" => 2:19 "is too large a duration" / "10s"
+        "[broker]" + "connect_timeout = \"${T}\"" => 2:20 "needs the environment variable `T`" / "${T:-default}"
+        "[broker]" + "connect_timeout = \"1${T:-s\"" => 2:21 "has a `${` without its `}`" / "$${"
+        "[broker]" + "connect_timeout = \"${T T}\"" => 2:20 "does not hold a variable's name" / "${NAME}"
+        "[broker]" + "url_file = \"x\"" => 2:12 "both `url` and `url_file` in [broker]" / "keep one"
+        "[broker]" + "ca_file = \"none.pem\"" => 2:11 "`ca_file` cannot be read from" / "folder"
+        "[broker]" + "ca_file = \"config.toml\"" => 2:11 "`ca_file` holds no certificate" / "PEM"
+        "[redis]" + "enabled = \"yes\"" => 5:11 "`enabled` must be true or false, found a string" / "without quotes"
+        "[redis]" + "key_prefix = \"a b\"" => 5:14 "`key_prefix` cannot begin a Redis key" / "1 to 64"
+        "[redis]" + "key_prefix = \"\"" => 5:14 "`key_prefix` cannot begin a Redis key" / "1 to 64"
+        "[redis]" + "timeout = 0.5" => 5:11 "found a number with a fraction" / "timeout = \"500ms\""
+        "[postgres]" + "auto_migrate = 1" => 8:16 "`auto_migrate` must be true or false, found an integer" / "auto_migrate = true"
+        "[postgres]" + "idle_in_transaction_timeout = \"14s\"" => 8:31 "is shorter than `statement_timeout` (15s)" / "at least"
+        "[postgres]" + "statement_timeout = \"25s\"" => 8:21 "is shorter than `statement_timeout` (25s)" / "at least"
+        "[daemon]" + "reconnect_min = \"20s\"" => 11:17 "`reconnect_min` (20s) is longer than `reconnect_max` (10s)" / "longest"
+        "[daemon]" + "reconnect_max = \"20ms\"" => 11:17 "is longer than `reconnect_max` (20ms)" / "longest"
+        "[daemon]" + "shutdown_timeout = 2026-01-01" => 11:20 "found a date" / "\"25s\""
+    });
+}
+
+#[test]
+fn a_mistake_in_a_consumer_is_named_with_its_place_and_a_hint() {
+    check_each(&mistakes! {
+        "[[consumer]]" + "prefech = 100" => 13:1 "unknown key `prefech` in [[consumer]]" / "did you mean `prefetch`?"
+        "[[consumer]]" + "workers = 0" => 13:11 "`workers` is out of range: 0" / "allowed: 1 to 256"
+        "[[consumer]]" + "workers = -1" => 13:11 "`workers` is out of range: -1" / "allowed: 1 to 256"
+        "[[consumer]]" + "workers = \"4\"" => 13:11 "`workers` must be an integer, found a string" / "workers = 4"
+        "[[consumer]]" + "workers = [4]" => 13:11 "`workers` must be an integer, found an array" / "1 to 256"
+        "[[consumer]]" + "prefetch = 65536" => 13:12 "`prefetch` is out of range: 65536" / "1 to 65535"
+        "[[consumer]]" + "prefetch = 255" => 13:12 "`prefetch` (255) is below `batch_max` (256)" / "raise `prefetch`"
+        "[[consumer]]" + "batch_max = 2000" => 13:13 "`prefetch` (1024) is below `batch_max` (2000)" / "lower `batch_max`"
+        "[[consumer]]" + "batch_max = 99999999999999999999" => 13:13 "`batch_max` is out of range" / "1 to 4096"
+        "[[consumer]]" + "max_body = \"32mb\"" => 13:12 "`max_body` is not a size: `32mb`" / "\"32MiB\""
+        "[[consumer]]" + "max_body = 0" => 13:12 "`max_body` is out of range: 0B" / "1B to 512MiB"
+        "[[consumer]]" + "max_body = -1" => 13:12 "`max_body` is out of range: -1" / "32MiB"
+        "[[consumer]]" + "max_body = false" => 13:12 "`max_body` must be a size, found a boolean" / "32MiB"
+        "[[consumer]]" + "identity = \"mesage-id\"" => 13:12 "`identity` cannot be `mesage-id`" / "did you mean `message-id`?"
+        "[[consumer]]" + "identity = \"header:\"" => 13:12 "`identity` names no usable header" / "1 to 128 bytes"
+        "[[consumer]]" + "identity = \"json:id\"" => 13:12 "does not begin with `/`" / "json:/order/id"
+        "[[consumer]]" + "identity = \"json:/a~b\"" => 13:12 "lone `~`" / "~0"
+        "[[consumer]]" + "identity = 1" => 13:12 "`identity` must be a string, found an integer" / "in quotes"
+        "[consumer.claim]" + "renew_every = \"16s\"" => 16:15 "`renew_every` (16s) is more than half of `lease` (30s)" / "a lease shorter than its renewal"
+        "[consumer.claim]" + "lease = \"15s\"\nrenew_every = \"1s\"" => 16:9 "`lease` (15s) is not longer than `statement_timeout` in [postgres] (15s)" / "outlive"
+        "[consumer.claim]" + "done_ttl = \"29s\"" => 16:12 "`done_ttl` (29s) is shorter than `lease` (30s)" / "at least"
+        "[consumer.topology]" + "queue = \"\"" => 18:9 "`queue` is empty" / "1 to 255 bytes"
+        "[consumer.topology]" + "queue = \"amq.q\"" => 18:9 "`queue` cannot be `amq.q`" / "the broker's own"
+        "[consumer.topology]" + "queue = \"a\\u0007\"" => 18:9 "`queue` has a control character" / "1 to 255 bytes"
+        "[consumer.topology]" + "queue_type = \"quorom\"" => 18:14 "`queue_type` cannot be `quorom`" / "did you mean `quorum`?"
+        "[consumer.topology]" + "queue_type = \"stream\"" => 18:14 "`queue_type` cannot be `stream`" / "allowed: quorum, classic"
+        "[consumer.topology]" + "queue_type = \"classic\"\ndelivery_limit = 5" => 19:18 "`delivery_limit` is given for a classic queue" / "quorum"
+        "[consumer.topology]" + "dead_letter_queue = \"orders\"" => 18:21 "`dead_letter_queue` is the work queue `orders`" / "another name"
+        "[consumer.topology]" + "dead_letter_exchange = \"amq.fanout\"" => 18:24 "`dead_letter_exchange` cannot be `amq.fanout`" / "the broker's own"
+        "[consumer.topology]" + "binding = 1" => 18:11 "`binding` must be a list of sections, found an integer" / "[[consumer.topology.binding]]"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"" => 18:1 "missing key `exchange_type`" / "topic"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange_type = \"fanout\"" => 18:1 "missing key `exchange`" / "feeds the queue"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"topic\"" => 18:1 "missing key `routing_key`" / "\"#\""
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"topics\"" => 20:17 "`exchange_type` cannot be `topics`" / "did you mean `topic`?"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"amq.topic\"\nexchange_type = \"fanout\"" => 20:17 "not that of `amq.topic`" / "\"topic\""
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"amq.x\"\nexchange_type = \"fanout\"" => 19:12 "`exchange` cannot be `amq.x`" / "amq.direct"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"orders.dlx\"\nexchange_type = \"fanout\"" => 19:12 "own dead-letter exchange" / "for ever"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"fanout\"\narguments = { a = 1 }" => 21:13 "only a headers exchange" / "leave them out"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"headers\"\narguments = { a = 1.5 }" => 21:19 "`a` must be a string, an integer or a boolean" / "header"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"headers\"\narguments = { x-match = \"some\" }" => 21:25 "`x-match`" / "all, any"
+        "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"headers\"\narguments = { a = \"${N}\" }" => 21:20 "needs the environment variable `N`" / "set N"
+        "[consumer.handler]" + "file = \"a.sql\"" => 22:7 "both `file` and `sql`" / "keep one"
+    });
+}
+
+#[test]
+fn what_is_missing_is_named_where_it_belongs() {
+    for (gone, message, hint, at) in [
+        (
+            "url = \"amqp://h\"\n",
+            "missing key `url` in [broker]",
+            "url_file",
+            (1, 1),
+        ),
+        (
+            "[redis]\nurl = \"redis://h\"\n",
+            "missing section [redis]",
+            "enabled = false",
+            (19, 17),
+        ),
+        (
+            "name = \"orders\"\n",
+            "missing key `name` in [[consumer]]",
+            "add name",
+            (12, 1),
+        ),
+        (
+            "type = \"sql\"\n",
+            "missing key `type` in [consumer.handler]",
+            "type = \"sql\"",
+            (19, 1),
+        ),
+        (
+            "sql = \"SELECT 1\"\n",
+            "missing key `file` in [consumer.handler]",
+            "`sql`",
+            (19, 1),
+        ),
+        (
+            "[consumer.handler]\ntype = \"sql\"\nsql = \"SELECT 1\"\n",
+            "missing section [consumer.handler]",
+            "type = \"sql\"",
+            (12, 1),
+        ),
+    ] {
+        let found = problems(&SMALLEST.replace(gone, ""));
+        assert_eq!(found.len(), 1, "{gone}: {found:#?}");
+        assert!(found[0].message.starts_with(message), "{found:#?}");
+        assert!(found[0].hint.contains(hint), "{found:#?}");
+        assert_eq!(line_and_column(&found[0]), at, "{found:#?}");
+    }
+    let nothing = problems("");
+    assert_eq!(nothing.len(), 4, "{nothing:#?}");
+    assert!(
+        nothing
+            .iter()
+            .all(|problem| line_and_column(problem) == (1, 1))
+    );
+
+    let single = problems(&SMALLEST.replace("[[consumer]]", "[consumer]"));
+    assert!(
+        single[0].hint.contains("[[consumer]] with two brackets"),
+        "{single:#?}"
+    );
+    let wrong_type = problems(&SMALLEST.replace("type = \"sql\"", "type = \"http\""));
+    assert_eq!(wrong_type[0].message, "`type` cannot be `http`");
+    assert_eq!(wrong_type[0].hint, "allowed: sql");
+    let empty = problems(&SMALLEST.replace("SELECT 1", " "));
+    assert_eq!(empty[0].message, "`sql` holds no statement");
+    let name = problems(&SMALLEST.replace("name = \"orders\"", "name = \"or ders\""));
+    assert_eq!(name[0].message, "`name` cannot be `or ders`");
+    let folder = TempDir::new().unwrap();
+    let ca_file = folder.path().join("ca.pem");
+    std::fs::write(&ca_file, "-----BEGIN CERTIFICATE-----").unwrap();
+    let no_tls = problems(&below(
+        "[broker]",
+        &format!("ca_file = '{}'", ca_file.display()),
+    ));
+    assert!(
+        no_tls[0].message.contains("does not ask for TLS"),
+        "{no_tls:#?}"
+    );
+}
+
+#[test]
+fn consumers_that_cannot_share_a_broker_are_refused() {
+    let second = |name: &str, topology: &str| {
+        format!(
+            "{SMALLEST}\n[[consumer]]\nname = \"{name}\"\nhandler = {{ type = \"sql\", sql = \
+             \"SELECT 1\" }}\n[consumer.topology]\n{topology}"
+        )
+    };
+    for (name, topology, message) in [
+        (
+            "orders",
+            "queue = \"b\"",
+            "`name` `orders` is taken by line 13",
+        ),
+        (
+            "b",
+            "queue = \"orders\"\ndead_letter_exchange = \"x\"",
+            "queue `orders` is already consumed by",
+        ),
+        (
+            "b",
+            "queue = \"orders.dead\"",
+            "queue `orders.dead` is both a work queue and",
+        ),
+        (
+            "b",
+            "dead_letter_queue = \"orders\"",
+            "queue `orders` is both a work queue and",
+        ),
+        (
+            "b",
+            "queue_type = \"classic\"\ndead_letter_queue = \"orders.dead\"",
+            "queue `orders.dead` is a dead-letter queue of another queue_type",
+        ),
+        (
+            "b",
+            "dead_letter_exchange = \"orders.dlx\"",
+            "exchange `orders.dlx` feeds another",
+        ),
+        (
+            "b",
+            "binding = [{ exchange = \"orders.dlx\", exchange_type = \"headers\" }]",
+            "exchange `orders.dlx` is headers here and fanout",
+        ),
+    ] {
+        let found = problems(&second(name, topology));
+        assert_eq!(found.len(), 1, "{topology}: {found:#?}");
+        assert!(found[0].message.starts_with(message), "{found:#?}");
+    }
+    for topology in [
+        "dead_letter_queue = \"orders.dead\"",
+        "dead_letter_queue = \"orders.dead\"\ndead_letter_exchange = \"orders.dlx\"",
+    ] {
+        parse(&second("b", topology)).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn a_name_that_leaves_no_room_for_what_is_derived_from_it_is_refused() {
+    let found = problems(&below(
+        "[consumer.topology]",
+        &format!("queue = \"{}\"", "q".repeat(252)),
+    ));
+    assert_eq!(found.len(), 2, "{found:#?}");
+    assert!(found[0].message.contains("is too long"), "{found:#?}");
+    assert!(
+        found[0].hint.contains("set `dead_letter_exchange`"),
+        "{found:#?}"
+    );
+    let found = problems(&below(
+        "[consumer.topology]",
+        &format!("queue = \"{}\"", "q".repeat(256)),
+    ));
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!(found[0].message, "`queue` is too long: 256 bytes");
+}
+
+#[test]
+fn ten_mistakes_are_ten_problems_in_the_order_of_the_file() {
+    let text = r#"[broker]
+url = "http://h"
+heartbeat = 10
+colour = "red"
+
+[redis]
+url = "redis://h"
+timeout = "soon"
+
+[postgres]
+url = "postgres://h/d"
+auto_migrate = "yes"
+
+[demon]
+
+[[consumer]]
+name = ""
+workers = 0
+identity = "${NOPE}"
+
+[consumer.handler]
+type = "sql"
+sql = "SELECT 1"
+file = "orders.sql"
+"#;
+    let error = parse(text).unwrap_err();
+    let lines: Vec<usize> = error
+        .problems()
+        .iter()
+        .map(|p| line_and_column(p).0)
+        .collect();
+    assert_eq!(lines, [2, 3, 4, 8, 12, 14, 17, 18, 19, 23], "{error}");
+    let printed = error.to_string();
+    assert_eq!(printed.matches("error: ").count(), 10, "{printed}");
+    assert_eq!(printed.matches("= hint: ").count(), 10, "{printed}");
+    assert!(
+        printed.ends_with("10 problems in ".to_owned().as_str())
+            || printed.contains("\n10 problems in ")
+    );
+}
