@@ -89,7 +89,8 @@ impl Stage {
             self.daemon.assert_running();
             let hashes = self.world.db.texts("select note from effect");
             let has = |hash: &String| hashes.contains(hash);
-            fate = self.fate(has(&hash_sent), body);
+            // A dead letter is taken out, and so seen once.
+            fate = fate.or_else(|| self.fate(has(&hash_sent), body));
             fate.is_some() && neighbours.iter().all(|id| has(&hash(id.as_bytes())))
         });
         assert_eq!(
@@ -383,7 +384,7 @@ publish(b"x" * (16 << 20), message_id="16 MB", content_type="application/octet-s
 publish("größe ☂".encode(), message_id="ü ☂")
 publish(b"{}", message_id="odd", headers={
     "none": None, "yes": True, "int": -1, "long": 1 << 40, "text": "größe",
-    "bytes": b"\xff\x00", "decimal": decimal.Decimal("1.25"), "float": 1.5,
+    "bytes": b"\xff\x00", "decimal": decimal.Decimal("1.25"),
     "time": datetime.datetime(2024, 1, 1), "list": [1, [2, {"three": [None]}]],
     "table": {"a": {"b": {"c": {}}}}, "": "no name", "x" * 200: "y" * 50000,
 })
@@ -442,8 +443,9 @@ fn what_rabbitmqadmin_publishes_is_applied_or_dead_lettered() {
             .arg(format!("properties={properties}"))
             .output()
             .expect("Python runs");
-        let stdout = String::from_utf8_lossy(&output.stdout);
-        assert!(stdout.contains("Message published"), "{stdout}");
+        let said = String::from_utf8_lossy(&output.stdout);
+        let failed = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("Message published"), "{said}{failed}");
     };
     publish(
         r#"{"a": 1}"#,
@@ -456,7 +458,7 @@ fn what_rabbitmqadmin_publishes_is_applied_or_dead_lettered() {
     publish("without", "{}");
     publish(
         "odd",
-        r#"{"message_id": "odd", "headers": {"n": null, "f": 1.5, "l": [1, "a", [true]],
+        r#"{"message_id": "odd", "headers": {"f": 1.5, "l": [1, "a", [true]],
             "t": {"u": {"v": -1}}, "": "", "big": 9007199254740993}}"#,
     );
     world.wait_for_effects(2);
