@@ -277,7 +277,6 @@ fn check_sql(text: &str) -> Result<(), Complaint> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 
