@@ -18,6 +18,7 @@ use redis::{
 use crate::backoff::Backoff;
 use crate::config::checked;
 use crate::message::{Fingerprint, MessageId};
+use crate::random;
 
 /// First and longest wait before a Redis that failed is asked again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -365,9 +366,9 @@ impl Link {
         if self.failures == 0 {
             log::warn!(consumer = self.consumer.as_str(); "Redis does not answer, going on with the ledger alone: {error}");
         }
-        self.failures = self.failures.saturating_add(1);
         let backoff = Backoff::new(RETRY.0, RETRY.1);
-        self.retry_at = Some(Instant::now() + backoff.delay(self.failures, random()));
+        self.retry_at = Some(Instant::now() + backoff.delay(self.failures, random::draw()));
+        self.failures = self.failures.saturating_add(1);
     }
 }
 
@@ -441,10 +442,6 @@ fn read(value: Option<&[u8]>) -> Claim {
 
 fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn random() -> u64 {
-    getrandom::u64().unwrap_or(u64::MAX / 2)
 }
 
 fn lock(shelf: &Shelf) -> std::sync::MutexGuard<'_, Vec<Held>> {

@@ -21,6 +21,7 @@ use crate::ledger::{self, Schema};
 use crate::message::{Epoch, Settled};
 use crate::pool::Pool;
 use crate::postgres::{self, Session};
+use crate::random;
 use crate::stop::Stop;
 
 /// Longest wait for the broker's answer when a connection is closed.
@@ -120,13 +121,13 @@ fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> 
                 )));
             }
             Err(error) => {
-                tries += 1;
-                if tries == 1 {
+                if tries == 0 {
                     log::warn!("waiting for PostgreSQL: {error}");
                 }
-                if stop.wait(backoff.delay(tries, random())) {
+                if stop.wait(backoff.delay(tries, random::draw())) {
                     return Ok(false);
                 }
+                tries += 1;
             }
         }
     }
@@ -145,10 +146,6 @@ fn try_schema(config: &checked::Config) -> Result<Schema, postgres::Error> {
 
 fn backoff(config: &checked::Config) -> Backoff {
     Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max)
-}
-
-fn random() -> u64 {
-    getrandom::u64().unwrap_or(u64::MAX)
 }
 
 /// What the end of one connection means.
@@ -186,13 +183,13 @@ impl Runner {
             });
             match next? {
                 Next::Restart => {
-                    restarts += 1;
                     if self
                         .stop
-                        .wait(backoff(&self.config).delay(restarts, random()))
+                        .wait(backoff(&self.config).delay(restarts, random::draw()))
                     {
                         return Ok(());
                     }
+                    restarts += 1;
                 }
                 Next::Stopped | Next::Unconnected | Next::Reconnect(_) => return Ok(()),
             }
@@ -210,8 +207,8 @@ impl Runner {
                     if since.elapsed() > STABLE {
                         tries = 0;
                     }
+                    let delay = backoff(&self.config).delay(tries, random::draw());
                     tries += 1;
-                    let delay = backoff(&self.config).delay(tries, random());
                     log::warn!(
                         consumer = self.consumer.name.as_str(), epoch = epoch.0,
                         retry_in_ms = delay.as_millis() as u64;

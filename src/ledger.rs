@@ -192,11 +192,11 @@ impl Ledger {
         match self.forgetting(|session, _| session.execute("COMMIT")) {
             Ok(()) => Ok(()),
             // A deferred constraint, a trigger or a serialization check: the
-            // session goes on, so the server has rolled back.
-            Err(Error::Refused(failure)) => Err(CommitError::Refused(failure)),
-            Err(lost @ (Error::Lost(_) | Error::Unreachable { .. })) => {
-                Err(CommitError::Unknown(lost.to_string()))
+            // server has rolled back.
+            Err(Error::Refused(failure)) if failure.class != Class::Systemic => {
+                Err(CommitError::Refused(failure))
             }
+            Err(error) => Err(CommitError::Unknown(error.to_string())),
         }
     }
 

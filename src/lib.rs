@@ -23,7 +23,7 @@
 //! | floor | rooms | they must not |
 //! |---|---|---|
 //! | data and rules | [`message`], [`lifecycle`], [`failure`], [`identity`], [`backoff`], [`config::checked`], [`broker::window`] | do I/O |
-//! | tools | [`stop`], [`failpoint`], [`flights`], [`postgres`] | know what a message means |
+//! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`postgres`] | know what a message means |
 //! | adapters | [`broker`], [`claim`], [`ledger`], [`handler`] | know one another |
 //! | work | [`pipeline`], [`pool`], [`inspect`] | name AMQP or Redis types |
 //! | process | [`daemon`], [`observe`] | exit |
@@ -52,4 +52,5 @@ pub mod observe;
 pub mod pipeline;
 pub mod pool;
 pub mod postgres;
+pub mod random;
 pub mod stop;

@@ -608,7 +608,10 @@ mod tests {
 
     #[test]
     fn an_illegal_step_names_its_state_and_event() {
-        let illegal = step(State::Parked, Event::Committed).expect_err("nothing to commit");
+        let illegal = Illegal {
+            state: State::Parked,
+            event: Event::Committed,
+        };
         assert_eq!(
             illegal.to_string(),
             "illegal transition: Committed in state Parked"

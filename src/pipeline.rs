@@ -26,6 +26,7 @@ use crate::ledger::{CommitError, Ledger, Record};
 use crate::lifecycle::Event;
 use crate::message::{Delivery, Fingerprint, MessageId, Settled};
 use crate::postgres::Error;
+use crate::random;
 use crate::stop::Stop;
 
 pub use item::Item;
@@ -289,7 +290,6 @@ impl Worker {
                     items = rest;
                 }
                 Tried::Wait(failure) => {
-                    tries += 1;
                     // What is decided must not wait for what is not.
                     self.tell();
                     if self.pause(tries, &failure) {
@@ -298,6 +298,7 @@ impl Worker {
                             self.advance(item, Event::Stopping);
                         }
                     }
+                    tries += 1;
                 }
             }
         }
@@ -421,17 +422,10 @@ impl Worker {
     /// Waits before the next try. True when the daemon stops.
     fn pause(&self, tries: u32, failure: &Failure) -> bool {
         let consumer = self.shared.consumer.name.as_str();
-        let delay = self
-            .shared
-            .backoff
-            .delay(tries, getrandom::u64().unwrap_or(u64::MAX));
-        if tries == 1 && failure.class == Class::Systemic {
+        let delay = self.shared.backoff.delay(tries, random::draw());
+        if tries == 0 && failure.class == Class::Systemic {
             log::warn!(consumer = consumer, code = failure.code.as_deref().unwrap_or(""); "waiting: {failure}");
         }
-        let stopping = self.shared.stop.wait(delay);
-        if stopping {
-            log::info!(consumer = consumer; "gives back what waits for {failure}");
-        }
-        stopping
+        self.shared.stop.wait(delay)
     }
 }

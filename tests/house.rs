@@ -20,6 +20,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("failure", &[]),
         ("backoff", &[]),
         ("stop", &[]),
+        ("random", &[]),
         ("failpoint", &[]),
         ("config", &["message"]),
         ("lifecycle", &["message", "failure"]),

@@ -382,13 +382,13 @@ mod tests {
             prop_assert_eq!(fates.len() as u64, published);
             let mut seen = HashMap::new();
             for (Seq(seq), fate) in fates {
-                let expected = match (&fate, verdicts.get(&seq)) {
-                    (Fate::Returned { .. }, _) => true,
-                    (Fate::Confirmed, Some(true)) => true,
-                    (Fate::Nacked, Some(false)) => true,
-                    (Fate::Unknown, None) => true,
-                    _ => false,
-                };
+                let expected = matches!(
+                    (&fate, verdicts.get(&seq)),
+                    (Fate::Returned { .. }, _)
+                        | (Fate::Confirmed, Some(true))
+                        | (Fate::Nacked, Some(false))
+                        | (Fate::Unknown, None)
+                );
                 prop_assert!(expected, "message {seq} ended as {fate:?}");
                 prop_assert!(seen.insert(seq, fate).is_none(), "message {seq} has two fates");
             }

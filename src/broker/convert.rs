@@ -94,10 +94,7 @@ mod tests {
                 "text\0".to_owned(),
                 AmqpValue::LongString("a\0b".to_owned()),
             ),
-            (
-                "bytes".to_owned(),
-                AmqpValue::ByteArray(vec![0, 255].into()),
-            ),
+            ("bytes".to_owned(), AmqpValue::ByteArray(vec![0, 255])),
             (
                 "list".to_owned(),
                 AmqpValue::FieldArray(vec![AmqpValue::Void]),

@@ -1,7 +1,6 @@
 //! `[[consumer]]` with its claim, handler and identity.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use super::checked::{Claim, Consumer, Handler, Identity, SqlHandler};
 use super::error::{Complaint, shown};
@@ -11,7 +10,7 @@ use super::topology::{self, Names};
 use super::{defaults, duration, files, keys};
 
 /// Every consumer that could be read whole; the rest is reported.
-pub(super) fn consumers(root: &Section<'_>, statement_timeout: &Field<Duration>) -> Vec<Consumer> {
+pub(super) fn consumers(root: &Section<'_>) -> Vec<Consumer> {
     let sections = root.sections("consumer", &keys::CONSUMER);
     if sections.is_empty() {
         root.reader.report(
@@ -24,13 +23,12 @@ pub(super) fn consumers(root: &Section<'_>, statement_timeout: &Field<Duration>)
     let mut names = Names::default();
     sections
         .iter()
-        .filter_map(|section| consumer(section, statement_timeout, &mut seen, &mut names))
+        .filter_map(|section| consumer(section, &mut seen, &mut names))
         .collect()
 }
 
 fn consumer(
     section: &Section<'_>,
-    statement_timeout: &Field<Duration>,
     seen: &mut BTreeMap<String, Span>,
     names: &mut Names,
 ) -> Option<Consumer> {
@@ -62,7 +60,7 @@ fn consumer(
         .then(|text| parse_identity(&text))
         .or(defaults::IDENTITY);
     let confirm_duplicates = section.boolean("confirm_duplicates", defaults::CONFIRM_DUPLICATES);
-    let claim = claim(section, statement_timeout);
+    let claim = claim(section);
     let topology = topology::topology(section, name.as_ref(), names);
     let handler = handler(section);
     Some(Consumer {
@@ -155,7 +153,7 @@ fn check_pointer(pointer: &str) -> Result<(), Complaint> {
     Ok(())
 }
 
-fn claim(consumer: &Section<'_>, statement_timeout: &Field<Duration>) -> Claim {
+fn claim(consumer: &Section<'_>) -> Claim {
     let section = consumer.section("claim", &keys::CLAIM);
     let lease = section.duration("lease", &defaults::LEASE);
     let renew_every = section.duration("renew_every", &defaults::RENEW_EVERY);
@@ -174,22 +172,6 @@ fn claim(consumer: &Section<'_>, statement_timeout: &Field<Duration>) -> Claim {
                 ),
                 "a lease shorter than its renewal runs out while the work goes on: lower \
                  `renew_every` or raise `lease`",
-            )
-        },
-    );
-    compare(
-        section.reader,
-        (&lease, statement_timeout),
-        |lease, statement| lease > statement,
-        |lease, statement| {
-            Complaint::new(
-                format!(
-                    "({}) is not longer than `statement_timeout` in [postgres] ({})",
-                    duration::format(lease),
-                    duration::format(statement)
-                ),
-                "a transaction must not outlive its claim: raise `lease` or lower \
-                 `statement_timeout`",
             )
         },
     );
@@ -295,7 +277,6 @@ fn check_sql(text: &str) -> Result<(), Complaint> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 

@@ -85,9 +85,9 @@ pub const HEADER_NAME_MAX: usize = 128;
 pub const CONFIRM_DUPLICATES: bool = false;
 
 /// `[consumer.claim] lease`
-pub const LEASE: Setting<Duration> = setting(ms(30 * SECOND), ms(200), ms(HOUR));
+pub const LEASE: Setting<Duration> = setting(ms(5 * SECOND), ms(200), ms(HOUR));
 /// `[consumer.claim] renew_every`
-pub const RENEW_EVERY: Setting<Duration> = setting(ms(10 * SECOND), ms(50), ms(30 * MINUTE));
+pub const RENEW_EVERY: Setting<Duration> = setting(ms(SECOND), ms(50), ms(30 * MINUTE));
 /// `[consumer.claim] done_ttl`
 pub const DONE_TTL: Setting<Duration> = setting(ms(DAY), ms(SECOND), ms(365 * DAY));
 /// `[consumer.claim] recheck_every`

@@ -62,7 +62,7 @@ pub(super) fn parse(text: &str) -> Result<Duration, Complaint> {
     Ok(Duration::from_millis(total))
 }
 
-/// The shortest text that [`parse`] reads as `duration`, to the millisecond.
+/// The shortest text that the configuration reads as `duration`, to the millisecond.
 #[must_use]
 pub fn format(duration: Duration) -> String {
     let mut rest = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -81,7 +81,6 @@ pub fn format(duration: Duration) -> String {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

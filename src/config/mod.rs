@@ -82,9 +82,9 @@ fn read(reader: &Reader<'_>, table: &DeTable<'_>) -> Option<Config> {
     let root = Section::root(reader, table);
     let broker = servers::broker(&root);
     let redis = servers::redis(&root);
-    let (postgres, statement_timeout) = servers::postgres(&root);
+    let postgres = servers::postgres(&root);
     let daemon = servers::daemon(&root);
-    let consumers = consumer::consumers(&root, &statement_timeout);
+    let consumers = consumer::consumers(&root);
     Some(Config {
         broker: broker?,
         redis: redis?,

@@ -1,11 +1,10 @@
 //! `[broker]`, `[redis]`, `[postgres]` and `[daemon]`.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use super::checked::{Broker, Daemon, Postgres, Redis, Secret};
 use super::error::Complaint;
-use super::reader::{Field, Section, compare};
+use super::reader::{Section, compare};
 use super::{defaults, duration, files, keys, urls};
 
 /// `None` where something is wrong, which is reported.
@@ -93,9 +92,7 @@ fn check_key_prefix(prefix: String) -> Result<String, Complaint> {
     ))
 }
 
-/// What others need to know of `[postgres]`: the section, `None` where
-/// something is wrong, and its statement timeout.
-pub(super) fn postgres(root: &Section<'_>) -> (Option<Postgres>, Field<Duration>) {
+pub(super) fn postgres(root: &Section<'_>) -> Option<Postgres> {
     let section = root.section("postgres", &keys::POSTGRES);
     let url = url(&section, urls::check_postgres);
     let connect_timeout = section.duration("connect_timeout", &defaults::POSTGRES_CONNECT_TIMEOUT);
@@ -121,15 +118,14 @@ pub(super) fn postgres(root: &Section<'_>) -> (Option<Postgres>, Field<Duration>
         },
     );
     let auto_migrate = section.boolean("auto_migrate", defaults::AUTO_MIGRATE);
-    let postgres = url.map(|url| Postgres {
+    url.map(|url| Postgres {
         url,
         connect_timeout: connect_timeout.value,
         statement_timeout: statement_timeout.value,
         lock_timeout: lock_timeout.value,
         idle_in_transaction_timeout: idle.value,
         auto_migrate: auto_migrate.value,
-    });
-    (postgres, statement_timeout)
+    })
 }
 
 pub(super) fn daemon(root: &Section<'_>) -> Daemon {

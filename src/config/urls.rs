@@ -161,7 +161,6 @@ fn require_host(url: &Url, example: &str) -> Result<(), Complaint> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
 

@@ -127,10 +127,10 @@ impl Worker {
                     break Event::Journaled;
                 }
                 Err(error) => {
-                    tries += 1;
                     if self.pause(tries, &error.into_failure()) {
                         break Event::Stopping;
                     }
+                    tries += 1;
                 }
             }
         };

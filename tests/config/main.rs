@@ -1,11 +1,7 @@
 //! The configuration as its users meet it: what is shipped works, and every
 //! mistake is named with its place and the way out.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test fails by panicking"
-)]
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::path::Path;
 use std::time::Duration;

@@ -1,0 +1,466 @@
+//! The protocol of `ackonce::lifecycle`, walked through every interleaving of
+//! a small world: two processes, a broker, Redis, PostgreSQL, and whatever can
+//! go wrong between them. Protocols that break one rule each (mutants) must be
+//! caught by the same properties.
+//!
+//! Left out: batches as one transaction (that a batch fails is the event
+//! `BatchFailed`, at any time), `multiple` acks, and time: a lease runs out,
+//! or Redis forgets, whenever it does the most harm.
+
+#[path = "model/workers.rs"]
+mod workers;
+#[path = "model/world.rs"]
+mod world;
+
+use ackonce::failure::Class;
+use ackonce::lifecycle::{self, Action, Body, Event, State};
+use ackonce::message::{DeadReason, Settlement};
+use stateright::{Checker, HasDiscoveries, Model, Property};
+use world::{BODIES, Faults, Job, Move, Place, Protocol, Published, REAL, Redis, Scenario, World};
+
+impl Model for Scenario {
+    type State = World;
+    type Action = Move;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![self.begin()]
+    }
+
+    fn actions(&self, world: &World, moves: &mut Vec<Move>) {
+        self.moves(world, moves);
+    }
+
+    fn next_state(&self, world: &World, chosen: Move) -> Option<World> {
+        Some(self.after(world, chosen))
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        let mut properties = invariants();
+        let sightings = sightings().into_iter();
+        properties.extend(sightings.filter(|property| self.seen.contains(&property.name)));
+        properties
+    }
+}
+
+const ONCE: &str = "no key takes effect twice";
+const TOGETHER: &str = "an effect stands beside its ledger row, and a row beside its effect";
+const ACKED: &str = "a message is acked only when a row with its body is committed";
+const REJECTED: &str = "a message is rejected only with its reason in the journal";
+const CONFLICT: &str = "an id conflict stands beside a committed row of another body";
+const DONE: &str = "a done mark speaks of a committed row";
+const CLAIM: &str = "a release deletes only its own claim";
+const KEPT: &str = "no unacked delivery is forgotten";
+const LEGAL: &str = "no event is illegal";
+const STRAY: &str = "every settlement finds its delivery";
+const DOUBT: &str = "an unanswered commit is looked up before its message is rejected";
+const REST: &str = "every message comes to rest";
+
+fn invariants() -> Vec<Property<Scenario>> {
+    vec![
+        Property::always(ONCE, |_, world: &World| {
+            world
+                .effects
+                .iter()
+                .all(|bodies| bodies.iter().sum::<u8>() <= 1)
+        }),
+        Property::always(TOGETHER, |_, world: &World| {
+            let agree = |row: &Option<u8>, bodies: &[u8; BODIES]| {
+                (0..)
+                    .zip(bodies)
+                    .all(|(body, count)| (*count > 0) == (*row == Some(body)))
+            };
+            world
+                .ledger
+                .iter()
+                .zip(&world.effects)
+                .all(|(row, bodies)| agree(row, bodies))
+        }),
+        Property::always(ACKED, |scenario: &Scenario, world: &World| {
+            world.decided(Settlement::Ack).all(|message| {
+                let Published { key, body, .. } = scenario.messages[message];
+                world.ledger[key] == Some(body)
+            })
+        }),
+        Property::always(REJECTED, |_, world: &World| {
+            world
+                .decided(Settlement::Reject)
+                .all(|message| world.journal[message].is_some())
+        }),
+        Property::always(CONFLICT, |scenario: &Scenario, world: &World| {
+            scenario
+                .messages
+                .iter()
+                .zip(&world.journal)
+                .all(|(message, reason)| {
+                    *reason != Some(DeadReason::IdConflict)
+                        || world.ledger[message.key].is_some_and(|body| body != message.body)
+                })
+        }),
+        Property::always(DONE, |_, world: &World| {
+            world
+                .redis
+                .iter()
+                .zip(&world.ledger)
+                .all(|(redis, row)| match redis {
+                    Redis::Done(body) => *row == Some(*body),
+                    Redis::Nothing | Redis::Claim(_) => true,
+                })
+        }),
+        Property::always(KEPT, |_, world: &World| {
+            world.places.iter().all(|place| match *place {
+                Place::Unacked(process, tag) => world.is_in_hand(process, tag),
+                Place::Queued | Place::Acked | Place::Dead => true,
+            })
+        }),
+        Property::always(DOUBT, |_, world: &World| {
+            let rejected = State::Journaling(DeadReason::Rejected);
+            !world.jobs().any(|job| job.doubt && job.state == rejected)
+        }),
+        Property::always(CLAIM, |_, world: &World| !world.slips.stolen_claim),
+        Property::always(LEGAL, |_, world: &World| !world.slips.illegal_event),
+        Property::always(STRAY, |_, world: &World| !world.slips.stray_settlement),
+        // A state in which nothing can move any more and a message is not at
+        // rest would be a counterexample.
+        Property::eventually(REST, |_, world: &World| {
+            let resting = |place: &Place| matches!(place, Place::Acked | Place::Dead);
+            world.places.iter().all(resting)
+        }),
+    ]
+}
+
+const ALL_ACKED: &str = "everything is acked, the duplicates too";
+const DEAD_REJECTED: &str = "a rejected message is dead-lettered";
+const DEAD_CONFLICT: &str = "an id conflict is dead-lettered";
+const DEAD_MISSING: &str = "a message without id is dead-lettered";
+const PARKED: &str = "a delivery is parked";
+const JOINED: &str = "a delivery joins another";
+const IN_DOUBT: &str = "a commit is in doubt and its transaction still open";
+const OVERTAKEN: &str = "two workers are past the claim of one key";
+const STALE: &str = "a settlement outlives its connection";
+
+/// What must be seen to happen, or the walk would prove nothing.
+fn sightings() -> Vec<Property<Scenario>> {
+    fn dead(world: &World, reason: DeadReason) -> bool {
+        let mut messages = world.places.iter().zip(&world.journal);
+        messages.any(|message| message == (&Place::Dead, &Some(reason)))
+    }
+    fn any(world: &World, state: State) -> bool {
+        world.jobs().any(|job| job.state == state)
+    }
+    vec![
+        Property::sometimes(ALL_ACKED, |_, world: &World| {
+            world.places.iter().all(|place| *place == Place::Acked)
+        }),
+        Property::sometimes(DEAD_REJECTED, |_, world| dead(world, DeadReason::Rejected)),
+        Property::sometimes(DEAD_CONFLICT, |_, world| {
+            dead(world, DeadReason::IdConflict)
+        }),
+        Property::sometimes(DEAD_MISSING, |_, world| dead(world, DeadReason::MissingId)),
+        Property::sometimes(PARKED, |_, world| any(world, State::Parked)),
+        Property::sometimes(JOINED, |_, world| any(world, State::Joined)),
+        Property::sometimes(IN_DOUBT, |_, world| {
+            any(world, State::InDoubt) && !world.orphans.is_empty()
+        }),
+        Property::sometimes(OVERTAKEN, |scenario: &Scenario, world: &World| {
+            let past = |job: &Job| {
+                matches!(
+                    job.state,
+                    State::Recording | State::Recorded | State::Applied
+                ) && scenario.of(job).key == 0
+            };
+            world
+                .processes
+                .iter()
+                .all(|process| process.jobs.iter().any(past))
+        }),
+        Property::sometimes(STALE, |_, world: &World| {
+            world.processes.iter().any(|process| {
+                let mut settlements = process.settlements.iter();
+                settlements.any(|(_, token, _)| token.epoch != process.epoch)
+            })
+        }),
+    ]
+}
+
+const FIRST: Published = Published {
+    key: 0,
+    body: 0,
+    usable: true,
+};
+
+const NO_FAULTS: Faults = Faults {
+    crashes: 0,
+    disconnects: 0,
+    failures: 0,
+    lost_replies: 0,
+    stops: 0,
+};
+
+/// Two copies of one message.
+const DUPLICATES: Scenario = Scenario {
+    protocol: REAL,
+    messages: &[FIRST, FIRST],
+    faults: Faults {
+        crashes: 1,
+        failures: 1,
+        lost_replies: 1,
+        stops: 1,
+        ..NO_FAULTS
+    },
+    seen: &[
+        ALL_ACKED,
+        DEAD_REJECTED,
+        PARKED,
+        JOINED,
+        IN_DOUBT,
+        OVERTAKEN,
+    ],
+};
+
+/// Two copies of one message, while connections are lost.
+const RECONNECTING: Scenario = Scenario {
+    faults: Faults {
+        disconnects: 1,
+        lost_replies: 1,
+        ..NO_FAULTS
+    },
+    seen: &[ALL_ACKED, PARKED, JOINED, IN_DOUBT, OVERTAKEN, STALE],
+    ..DUPLICATES
+};
+
+/// Two messages, while connections are lost.
+const TWO_KEYS: Scenario = Scenario {
+    messages: &[FIRST, Published { key: 1, ..FIRST }],
+    faults: Faults {
+        disconnects: 1,
+        ..NO_FAULTS
+    },
+    seen: &[ALL_ACKED, STALE],
+    ..RECONNECTING
+};
+
+/// Two messages under one id.
+const CONFLICTING: Scenario = Scenario {
+    messages: &[FIRST, Published { body: 1, ..FIRST }],
+    faults: Faults {
+        stops: 0,
+        ..DUPLICATES.faults
+    },
+    seen: &[DEAD_REJECTED, DEAD_CONFLICT, PARKED, JOINED, IN_DOUBT],
+    ..DUPLICATES
+};
+
+/// A message, and one that has no usable id.
+const WITHOUT_ID: Scenario = Scenario {
+    messages: &[
+        FIRST,
+        Published {
+            key: 1,
+            usable: false,
+            ..FIRST
+        },
+    ],
+    seen: &[DEAD_REJECTED, DEAD_MISSING, IN_DOUBT],
+    ..CONFLICTING
+};
+
+/// Walks everything and returns the number of distinct states.
+fn walk(name: &str, scenario: Scenario) -> usize {
+    let checker = scenario.checker().threads(2).spawn_dfs().join();
+    checker.assert_properties();
+    let states = checker.unique_state_count();
+    println!("{name}: {states} distinct states");
+    states
+}
+
+/// Walks a broken protocol until `property` is violated.
+#[track_caller]
+fn assert_caught(scenario: Scenario, mutant: Protocol, property: &'static str) {
+    let scenario = Scenario {
+        protocol: mutant,
+        ..scenario
+    };
+    let checker = scenario
+        .checker()
+        .threads(2)
+        .finish_when(HasDiscoveries::AnyOf([property].into()))
+        .spawn_bfs()
+        .join();
+    let Some(path) = checker.discovery(property) else {
+        panic!("the mutant was not caught by \"{property}\"");
+    };
+    println!("not \"{property}\":");
+    for (number, (world, chosen)) in (1..).zip(path.into_vec()) {
+        if let Some(chosen) = chosen {
+            println!("{number:4}. {}", scenario.tell(&world, chosen));
+        }
+    }
+}
+
+#[test]
+fn the_protocol_keeps_its_promise_whatever_happens() {
+    let states = walk("two copies", DUPLICATES)
+        + walk("two copies, connections lost", RECONNECTING)
+        + walk("two messages, connections lost", TWO_KEYS)
+        + walk("two bodies under one id", CONFLICTING)
+        + walk("one without id", WITHOUT_ID);
+    println!("together: {states} distinct states");
+    assert!(states >= 1_000_000, "only {states} states were walked");
+}
+
+#[test]
+fn a_held_claim_treated_as_a_duplicate_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Claiming, Event::ClaimHeld) => {
+                lifecycle::step(state, Event::MarkedDone(Body::Same))
+            }
+            _ => lifecycle::step(state, event),
+        },
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, ACKED);
+}
+
+#[test]
+fn working_without_the_ledger_is_caught() {
+    let mutant = Protocol {
+        ledger_is_unique: false,
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, ONCE);
+}
+
+#[test]
+fn an_ack_before_the_commit_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Recorded, Event::Succeeded) => Ok((
+                State::Applied,
+                &[Action::Settle(Settlement::Ack), Action::Commit],
+            )),
+            (State::Applied, Event::Committed) => {
+                Ok((State::Settled(Settlement::Ack), &[Action::MarkDone]))
+            }
+            _ => lifecycle::step(state, event),
+        },
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, ACKED);
+}
+
+#[test]
+fn an_effect_outside_the_ledgers_transaction_is_caught() {
+    let mutant = Protocol {
+        effect_beside_row: false,
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, TOGETHER);
+    assert_caught(DUPLICATES, mutant, ONCE);
+}
+
+#[test]
+fn a_stale_ack_on_a_new_connection_is_caught() {
+    let mutant = Protocol {
+        admits: |_, _| true,
+        ..REAL
+    };
+    assert_caught(TWO_KEYS, mutant, ACKED);
+}
+
+#[test]
+fn a_release_without_its_token_is_caught() {
+    let mutant = Protocol {
+        release_compares: false,
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, CLAIM);
+}
+
+#[test]
+fn a_done_mark_before_the_commit_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Recorded, Event::Succeeded) => {
+                Ok((State::Applied, &[Action::MarkDone, Action::Commit]))
+            }
+            _ => lifecycle::step(state, event),
+        },
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, DONE);
+    assert_caught(DUPLICATES, mutant, ACKED);
+}
+
+#[test]
+fn an_unanswered_commit_taken_for_committed_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Applied, Event::CommitUnknown) => lifecycle::step(state, Event::Committed),
+            _ => lifecycle::step(state, event),
+        },
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, ACKED);
+}
+
+#[test]
+fn an_unanswered_commit_taken_for_failed_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Applied, Event::CommitUnknown) => Ok((State::Recording, &[Action::Record])),
+            _ => lifecycle::step(state, event),
+        },
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, DOUBT);
+}
+
+#[test]
+fn another_body_taken_for_a_duplicate_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Recording, Event::Found(Body::Other)) => {
+                lifecycle::step(state, Event::Found(Body::Same))
+            }
+            _ => lifecycle::step(state, event),
+        },
+        ..REAL
+    };
+    assert_caught(CONFLICTING, mutant, ACKED);
+}
+
+#[test]
+fn a_reject_before_its_reason_is_written_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Recorded, Event::Failed(Class::Permanent)) => Ok((
+                State::Settled(Settlement::Reject),
+                &[
+                    Action::Rollback,
+                    Action::Release,
+                    Action::Settle(Settlement::Reject),
+                ],
+            )),
+            _ => lifecycle::step(state, event),
+        },
+        ..REAL
+    };
+    assert_caught(DUPLICATES, mutant, REJECTED);
+}
+
+#[test]
+fn a_joined_delivery_that_is_never_told_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Joined, Event::OwnerGaveUp | Event::OwnerApplied(_)) => Ok((state, &[])),
+            _ => lifecycle::step(state, event),
+        },
+        ..REAL
+    };
+    let scenario = Scenario {
+        faults: NO_FAULTS,
+        ..DUPLICATES
+    };
+    assert_caught(scenario, mutant, REST);
+}

@@ -1,0 +1,321 @@
+//! The world in which the protocol is walked: what broker, Redis, PostgreSQL
+//! and the processes hold, and what becomes of it when one of them fails.
+
+use ackonce::failure::Class;
+use ackonce::lifecycle::{self, Action, Event, Illegal, State, Step};
+use ackonce::message::{DeadReason, Epoch, Settlement, Ticket};
+
+/// What is under test: the protocol, and what it takes for granted of the
+/// ledger and of Redis.
+#[derive(Clone, Copy)]
+pub struct Protocol {
+    pub step: fn(State, Event) -> Result<Step, Illegal>,
+    pub admits: fn(Epoch, &Ticket) -> bool,
+    /// An insert waits for, or finds, another row of the same key.
+    pub ledger_is_unique: bool,
+    /// The effect is written in the ledger row's transaction.
+    pub effect_beside_row: bool,
+    /// A release deletes the claim only if the token is its own.
+    pub release_compares: bool,
+}
+
+pub const REAL: Protocol = Protocol {
+    step: lifecycle::step,
+    admits: lifecycle::admits,
+    ledger_is_unique: true,
+    effect_beside_row: true,
+    release_compares: true,
+};
+
+/// A published message.
+#[derive(Debug, Clone, Copy)]
+pub struct Published {
+    pub key: usize,
+    pub body: u8,
+    /// It has an id.
+    pub usable: bool,
+}
+
+pub const KEYS: usize = 2;
+pub const BODIES: usize = 2;
+pub const PROCESSES: usize = 2;
+/// Deliveries that one process has in hand, stale ones included.
+pub const PREFETCH: usize = 2;
+
+/// How often each thing may go wrong; a walk without bounds would not end.
+/// Redis may be down, or forget, at any time and as often as it likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Faults {
+    pub crashes: u8,
+    pub disconnects: u8,
+    /// Insert, handler or COMMIT fails, no attempt is left, or PostgreSQL ends
+    /// an idle transaction.
+    pub failures: u8,
+    /// COMMIT is sent and not answered.
+    pub lost_replies: u8,
+    pub stops: u8,
+}
+
+/// Which delivery: its ticket and its claim's token in one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Token {
+    pub process: usize,
+    pub epoch: u8,
+    pub tag: u8,
+}
+
+/// Where the broker has a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    Queued,
+    /// Handed to a process on its present connection, under a tag.
+    Unacked(usize, u8),
+    Acked,
+    Dead,
+}
+
+/// What Redis has under a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Redis {
+    Nothing,
+    /// `None`: held by a delivery that is no more.
+    Claim(Option<Token>),
+    Done(u8),
+}
+
+/// An open transaction that has inserted a ledger row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Transaction {
+    pub key: usize,
+    pub body: u8,
+    pub effect: bool,
+    pub commit_sent: bool,
+}
+
+/// One delivery in the hands of a process.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Job {
+    pub message: usize,
+    pub token: Token,
+    pub state: State,
+    pub todo: &'static [Action],
+    pub transaction: Option<Transaction>,
+    /// COMMIT went unanswered, and the ledger has not been heard since.
+    pub doubt: bool,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Process {
+    pub epoch: u8,
+    pub last_tag: u8,
+    pub jobs: Vec<Job>,
+    /// Message, delivery and verdict, on their way to the broker thread.
+    pub settlements: Vec<(usize, Token, Settlement)>,
+}
+
+/// What only a moment shows, kept for the properties to see.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Slips {
+    pub illegal_event: bool,
+    pub stray_settlement: bool,
+    pub stolen_claim: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct World {
+    pub places: Vec<Place>,
+    /// The last reason, per message.
+    pub journal: Vec<Option<DeadReason>>,
+    pub processes: [Process; PROCESSES],
+    pub redis: [Redis; KEYS],
+    /// The body of the committed row, per key.
+    pub ledger: [Option<u8>; KEYS],
+    /// Committed effects, per key and body.
+    pub effects: [[u8; BODIES]; KEYS],
+    /// Open transactions that no worker holds any more: the server ends them
+    /// when it notices.
+    pub orphans: Vec<Transaction>,
+    pub faults: Faults,
+    pub slips: Slips,
+}
+
+/// How an action goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Luck {
+    Done,
+    NotDone,
+    /// No reply, though it is done or may yet come to be.
+    Unanswered,
+    Fails(Event),
+}
+
+/// Process, and position among its jobs.
+pub type At = (usize, usize);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Move {
+    /// The broker hands a message to a process.
+    Deliver(usize, usize),
+    /// A worker carries out the next action of a delivery.
+    Carry(At, Luck),
+    /// Something happens to a delivery that is not the reply to an action.
+    Happen(At, Event),
+    /// PostgreSQL ends a transaction that was idle for too long.
+    EndIdle(At),
+    /// The broker thread of a process takes the next settlement.
+    Settle(usize),
+    /// A lease runs out, a key is evicted, Redis is flushed or fails over.
+    Forget(usize),
+    /// The server ends a transaction that nobody holds any more.
+    Commit(usize),
+    Abort(usize),
+    Crash(usize),
+    Disconnect(usize),
+}
+
+pub const FAILURES: [Event; 4] = [
+    Event::Failed(Class::Permanent),
+    Event::Failed(Class::Transient),
+    Event::Failed(Class::Systemic),
+    Event::BatchFailed,
+];
+
+/// A protocol, what is published, and how much may go wrong.
+#[derive(Clone, Copy)]
+pub struct Scenario {
+    pub protocol: Protocol,
+    pub messages: &'static [Published],
+    pub faults: Faults,
+    /// Names of what must be seen to happen.
+    pub seen: &'static [&'static str],
+}
+
+/// Where a settlement brings a message.
+pub fn resting(settlement: Settlement) -> Place {
+    match settlement {
+        Settlement::Ack => Place::Acked,
+        Settlement::Reject => Place::Dead,
+        Settlement::Requeue => Place::Queued,
+    }
+}
+
+impl World {
+    pub fn jobs(&self) -> impl Iterator<Item = &Job> {
+        self.processes.iter().flat_map(|process| &process.jobs)
+    }
+
+    /// The messages that are settled so, or are about to be.
+    pub fn decided(&self, settlement: Settlement) -> impl Iterator<Item = usize> {
+        let rest = resting(settlement);
+        let there = (0..self.places.len()).filter(move |at| self.places[*at] == rest);
+        let sent = self
+            .processes
+            .iter()
+            .flat_map(|process| &process.settlements);
+        let sent = sent.filter(move |(_, _, told)| *told == settlement);
+        let state = State::Settled(settlement);
+        let deciding = self.jobs().filter(move |job| job.state == state);
+        there
+            .chain(sent.map(|(message, _, _)| *message))
+            .chain(deciding.map(|job| job.message))
+    }
+
+    /// Whether the process still has the delivery that the broker waits for,
+    /// or has settled it.
+    pub fn is_in_hand(&self, process: usize, tag: u8) -> bool {
+        let process = &self.processes[process];
+        let this = |token: &Token| (token.epoch, token.tag) == (process.epoch, tag);
+        let mut settlements = process.settlements.iter();
+        process.jobs.iter().any(|job| this(&job.token))
+            || settlements.any(|(_, token, _)| this(token))
+    }
+
+    pub fn commit_of(&mut self, (process, index): At, luck: Luck) -> Event {
+        let job = &mut self.processes[process].jobs[index];
+        let transaction = job.transaction.take();
+        if luck == Luck::Unanswered {
+            job.doubt = true;
+            self.faults.lost_replies -= 1;
+            self.abandon(transaction, true);
+            return Event::CommitUnknown;
+        }
+        if let Some(transaction) = transaction {
+            self.commit(transaction);
+        }
+        Event::Committed
+    }
+
+    pub fn commit(&mut self, transaction: Transaction) {
+        let Transaction { key, body, .. } = transaction;
+        self.ledger[key] = Some(body);
+        self.effects[key][usize::from(body)] += u8::from(transaction.effect);
+    }
+
+    /// Leaves a transaction to the server, which may yet get its COMMIT.
+    fn abandon(&mut self, transaction: Option<Transaction>, commit_sent: bool) {
+        self.orphans.extend(transaction.map(|open| Transaction {
+            commit_sent,
+            ..open
+        }));
+        self.orphans.sort_unstable();
+    }
+
+    /// Drops the deliveries that are `gone`. Claims they have not given back
+    /// stay until their lease runs out.
+    pub fn dismiss(&mut self, process: usize, gone: impl Fn(&Job) -> bool) {
+        let redis = &mut self.redis;
+        self.processes[process].jobs.retain(|job| {
+            let own = Redis::Claim(Some(job.token));
+            for entry in redis.iter_mut().filter(|entry| gone(job) && **entry == own) {
+                *entry = Redis::Claim(None);
+            }
+            !gone(job)
+        });
+    }
+
+    pub fn deliver(&mut self, message: usize, number: usize) {
+        let process = &mut self.processes[number];
+        process.last_tag += 1;
+        let token = Token {
+            process: number,
+            epoch: process.epoch,
+            tag: process.last_tag,
+        };
+        self.places[message] = Place::Unacked(number, token.tag);
+        process.jobs.push(Job {
+            message,
+            token,
+            state: State::Received,
+            todo: &[],
+            transaction: None,
+            doubt: false,
+        });
+    }
+
+    /// The process dies with all it knows.
+    pub fn crash(&mut self, process: usize) {
+        for job in self.processes[process].jobs.clone() {
+            let commit_sent = job.todo.first() == Some(&Action::Commit);
+            self.abandon(job.transaction, commit_sent);
+        }
+        self.dismiss(process, |_| true);
+        self.requeue_all(process);
+        self.processes[process] = Process::default();
+    }
+
+    /// The connection is lost. The process keeps its work, and opens another
+    /// connection, on which the tags start again.
+    pub fn disconnect(&mut self, process: usize) {
+        self.requeue_all(process);
+        self.processes[process].epoch += 1;
+        self.processes[process].last_tag = 0;
+    }
+
+    fn requeue_all(&mut self, process: usize) {
+        for place in &mut self.places {
+            if matches!(*place, Place::Unacked(holder, _) if holder == process) {
+                *place = Place::Queued;
+            }
+        }
+    }
+}
