@@ -5,10 +5,13 @@
 
 mod common;
 
-use common::{Consumer, DEADLINE, Msg, ORDERS, World, eventually, numbered, numbered_ids};
+use common::{
+    Consumer, DEADLINE, Msg, ORDERS, World, eventually, numbered, numbered_ids, try_eventually,
+};
 use nix::sys::signal::Signal;
 
-fn stops_in_mid_flow_on(signal: Signal) {
+/// Sends `signal` while messages flow from a queue of `queue_type`.
+fn stops_in_mid_flow_on(signal: Signal, queue_type: &str) {
     const SENT: usize = 20_000;
     let world = World::new();
     // A batch takes a while, so that the stop comes in the middle.
@@ -17,6 +20,7 @@ fn stops_in_mid_flow_on(signal: Signal) {
             "insert into effect (message_id, body) select message_id, body from message; \
              select pg_sleep(0.05)",
         )
+        .set("topology.queue_type", queue_type)
         .set("batch_max", 50)
         .set("prefetch", 500);
     let config = world.config().consumer(orders);
@@ -35,21 +39,37 @@ fn stops_in_mid_flow_on(signal: Signal) {
     let claims = world.redis.claims();
     assert!(claims.is_empty(), "claims are left behind: {claims:?}");
     assert!(!world.broker.is_empty(ORDERS));
-    eventually("what was not applied is in the queue, and no more", || {
-        applied + i64::from(world.broker.ready(ORDERS)) == SENT as i64
+    let mut waiting = 0;
+    let adds_up = try_eventually(DEADLINE, || {
+        waiting = i64::from(world.broker.ready(ORDERS));
+        match queue_type {
+            "classic" => applied + waiting == SENT as i64,
+            // Under load a quorum queue's channel holds acks back, and loses
+            // them when it closes: those messages come once more.
+            _ => applied + waiting >= SENT as i64,
+        }
     });
+    assert!(
+        adds_up,
+        "{applied} applied and {waiting} waiting are not {SENT}"
+    );
     world.drain(&config, ORDERS);
     world.assert_each_applied_once(&numbered_ids("m", SENT));
 }
 
 #[test]
 fn sigterm_finishes_what_is_in_flight_and_gives_back_the_rest() {
-    stops_in_mid_flow_on(Signal::SIGTERM);
+    stops_in_mid_flow_on(Signal::SIGTERM, "quorum");
 }
 
 #[test]
 fn sigint_finishes_what_is_in_flight_and_gives_back_the_rest() {
-    stops_in_mid_flow_on(Signal::SIGINT);
+    stops_in_mid_flow_on(Signal::SIGINT, "quorum");
+}
+
+#[test]
+fn a_stop_leaves_nothing_applied_in_a_classic_queue() {
+    stops_in_mid_flow_on(Signal::SIGTERM, "classic");
 }
 
 #[test]
