@@ -54,28 +54,36 @@ fn copies_of_a_message_are_applied_once() {
     assert!(world.broker.is_empty(ORDERS_DEAD));
 }
 
-#[test]
-fn ten_thousand_keys_of_sixteen_copies_are_applied_once_by_four_daemons() {
-    const KEYS: usize = 10_000;
-    const COPIES: usize = 16;
+/// Has four daemons at a time apply `copies` of each of `keys` messages,
+/// shuffled.
+fn four_daemons_apply_once(keys: usize, copies: usize, redis: bool) {
     let world = World::new();
-    let config = world.orders();
+    let config = world.orders().set("redis.enabled", redis);
     world.prepare(&config);
-    let mut order: Vec<usize> = (0..KEYS * COPIES).map(|number| number % KEYS).collect();
+    let mut order: Vec<usize> = (0..keys * copies).map(|number| number % keys).collect();
     shuffle(&mut order);
     let messages = order.iter().map(|key| Msg::new(&format!("m-{key}")));
     world.broker.send(ORDERS, messages);
     let daemons: Vec<_> = (0..4).map(|_| world.run(&config)).collect();
     let taken = try_eventually(Duration::from_secs(600), || world.broker.ready(ORDERS) == 0);
-    assert!(taken, "160,000 messages are taken within ten minutes");
+    assert!(taken, "they take it all within ten minutes");
     for daemon in daemons {
         daemon.stop();
     }
     world.drain(&config, ORDERS);
-    let ids = numbered_ids("m", KEYS);
-    world.assert_each_applied_once(&ids);
-    assert_eq!(world.db.ledger(ORDERS).len(), KEYS);
+    world.assert_each_applied_once(&numbered_ids("m", keys));
+    assert_eq!(world.db.ledger(ORDERS).len(), keys);
     assert!(world.broker.is_empty(ORDERS_DEAD));
+}
+
+#[test]
+fn ten_thousand_keys_of_sixteen_copies_are_applied_once_by_four_daemons() {
+    four_daemons_apply_once(10_000, 16, true);
+}
+
+#[test]
+fn the_ledger_alone_keeps_four_daemons_from_applying_twice() {
+    four_daemons_apply_once(2_000, 8, false);
 }
 
 /// Fisher and Yates, with a xorshift of a fixed seed.
