@@ -17,7 +17,7 @@ use redis::{
 
 use crate::backoff::Backoff;
 use crate::config::checked;
-use crate::message::{Fingerprint, MessageId};
+use crate::message::{Fingerprint, MessageId, hex};
 use crate::random;
 
 /// First and longest wait before a Redis that failed is asked again.
@@ -446,10 +446,6 @@ fn milliseconds(duration: Duration) -> u64 {
 
 fn lock(shelf: &Shelf) -> std::sync::MutexGuard<'_, Vec<Held>> {
     shelf.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn unhex(text: &[u8]) -> Option<Fingerprint> {

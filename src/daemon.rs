@@ -4,11 +4,12 @@
 //! it could not be stopped: opening a connection is left to a thread of its
 //! own.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use crossbeam_channel::{Receiver, bounded, select};
 
 use crate::backoff::Backoff;
@@ -75,7 +76,9 @@ pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
         let thread = std::thread::Builder::new()
             .name(consumer.name.clone())
             .spawn(move || {
-                ended.send(runner.run()).ok();
+                let end = catch_unwind(AssertUnwindSafe(|| runner.run()));
+                let end = end.unwrap_or_else(|_| Err(anyhow!("a consumer thread panicked").into()));
+                ended.send(end).ok();
             })
             .context("failed to start a consumer thread")?;
         threads.push(thread);
@@ -111,6 +114,7 @@ fn host() -> String {
 fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> {
     let backoff = backoff(config);
     let mut tries = 0;
+    let mut told = None;
     loop {
         match try_schema(config) {
             Ok(Schema::Current) => return Ok(true),
@@ -121,13 +125,14 @@ fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> 
                 )));
             }
             Err(error) => {
-                if tries == 0 {
+                if told.as_ref() != Some(&error) {
                     log::warn!("waiting for PostgreSQL: {error}");
                 }
                 if stop.wait(backoff.delay(tries, random::draw())) {
                     return Ok(false);
                 }
                 tries += 1;
+                told = Some(error);
             }
         }
     }
@@ -172,17 +177,22 @@ impl Runner {
     fn run(self) -> Result<(), Fatal> {
         let mut epoch = Epoch::default();
         let mut restarts = 0;
+        let mut declared = false;
         loop {
+            let since = Instant::now();
             let mut pool = Pool::start(&self.config, &self.consumer, &self.host)?;
-            let next = self.serve(&mut pool, &mut epoch);
+            let next = self.serve(&mut pool, &mut epoch, &mut declared);
             pool.stop(match next {
                 // The stop has waited for the workers, or there is one to
                 // come back for.
                 Ok(Next::Stopped | Next::Restart) => Duration::ZERO,
-                _ => self.config.daemon.shutdown_timeout,
+                _ => self.stop.left_of(self.config.daemon.shutdown_timeout),
             });
             match next? {
                 Next::Restart => {
+                    if since.elapsed() > STABLE {
+                        restarts = 0;
+                    }
                     if self
                         .stop
                         .wait(backoff(&self.config).delay(restarts, random::draw()))
@@ -197,12 +207,17 @@ impl Runner {
     }
 
     /// One connection after the other, with the same workers.
-    fn serve(&self, pool: &mut Pool, epoch: &mut Epoch) -> Result<Next, Fatal> {
+    fn serve(
+        &self,
+        pool: &mut Pool,
+        epoch: &mut Epoch,
+        declared: &mut bool,
+    ) -> Result<Next, Fatal> {
         let mut tries = 0;
         loop {
             epoch.0 += 1;
             let since = Instant::now();
-            match self.connect_and_consume(pool, *epoch)? {
+            match self.connect_and_consume(pool, *epoch, declared)? {
                 Next::Reconnect(cause) => {
                     if since.elapsed() > STABLE {
                         tries = 0;
@@ -214,8 +229,8 @@ impl Runner {
                         retry_in_ms = delay.as_millis() as u64;
                         "lost the broker: {cause}"
                     );
-                    if self.wait_discarding(&pool.outbox, delay) {
-                        return Ok(Next::Unconnected);
+                    if let Some(end) = self.wait_discarding(&pool.outbox, delay) {
+                        return Ok(end);
                     }
                 }
                 end => return Ok(end),
@@ -223,11 +238,16 @@ impl Runner {
         }
     }
 
-    fn connect_and_consume(&self, pool: &mut Pool, epoch: Epoch) -> Result<Next, Fatal> {
+    /// `declared` says whether the topology was once as configured.
+    fn connect_and_consume(
+        &self,
+        pool: &mut Pool,
+        epoch: Epoch,
+        declared: &mut bool,
+    ) -> Result<Next, Fatal> {
         let mut link = match self.open(&pool.outbox) {
-            Some(Ok(link)) => link,
-            Some(Err(cause)) => return Ok(Next::Reconnect(cause)),
-            None => return Ok(Next::Unconnected),
+            Ok(link) => link,
+            Err(next) => return Ok(next),
         };
         let channel = match link.open_channel(CHANNEL_WITHIN) {
             Ok(channel) => channel,
@@ -246,6 +266,7 @@ impl Runner {
         };
         let end = consumer::run(&link, &channel, feed);
         let closed = link.close_with(channel, CLOSE_WITHIN);
+        *declared |= end.is_ok();
         match end {
             Ok(End::Stopped { unfinished: 0 }) => Ok(Next::Stopped),
             Ok(End::Stopped { unfinished }) => {
@@ -261,59 +282,59 @@ impl Runner {
                 Ok(()) => what,
                 Err(cause) => format!("{what}: {cause}"),
             })),
-            Err(error) => match (&error, epoch.0) {
-                // What changes under a running daemon may change back.
-                (TopologyError::Mismatch { .. }, 1) => Err(Fatal::Config(error.to_string())),
-                (TopologyError::Denied { .. }, 1) => Err(Fatal::Denied(error.to_string())),
+            // What changes under a running daemon may change back.
+            Err(error) => match (&error, *declared) {
+                (TopologyError::Mismatch { .. }, false) => Err(Fatal::Config(error.to_string())),
+                (TopologyError::Denied { .. }, false) => Err(Fatal::Denied(error.to_string())),
                 _ => Ok(Next::Reconnect(error.to_string())),
             },
         }
     }
 
-    /// A new connection; `None` when it is time to stop.
-    fn open(&self, outbox: &Receiver<Settled>) -> Option<Result<Link, String>> {
+    /// A new connection, or what there is to do without one.
+    fn open(&self, outbox: &Receiver<Settled>) -> Result<Link, Next> {
         let (done, opened) = bounded(1);
         let broker = self.config.broker.clone();
         let purpose = format!("{} consumer", self.consumer.name);
-        let spawned = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name(format!("{}-connect", self.consumer.name))
             .spawn(move || {
                 // When nobody waits any more, the link ends with the message.
                 done.send(connection::open(&broker, &purpose)).ok();
-            });
-        if let Err(error) = spawned {
-            return Some(Err(format!("failed to start a thread: {error}")));
-        }
+            })
+            .map_err(|error| Next::Reconnect(format!("failed to start a thread: {error}")))?;
         loop {
             select! {
-                recv(opened) -> link => return Some(match link {
+                recv(opened) -> link => return match link {
                     Ok(Ok(link)) => Ok(link),
-                    Ok(Err(error)) => Err(error.to_string()),
-                    Err(_) => Err("the connecting thread panicked".to_owned()),
-                }),
+                    Ok(Err(error)) => Err(Next::Reconnect(error.to_string())),
+                    Err(_) => Err(Next::Reconnect("the connecting thread panicked".to_owned())),
+                },
                 recv(outbox) -> settled => match settled {
                     Ok(settled) => self.discard(&settled),
-                    Err(_) => return Some(Err("every worker has panicked".to_owned())),
+                    // The last worker is gone, and only a panic ends one now.
+                    Err(_) => return Err(Next::Restart),
                 },
-                recv(self.stop.as_receiver()) -> _ => return None,
+                recv(self.stop.as_receiver()) -> _ => return Err(Next::Unconnected),
             }
         }
     }
 
-    /// Waits without a connection. True when it is time to stop.
-    fn wait_discarding(&self, outbox: &Receiver<Settled>, delay: Duration) -> bool {
+    /// Waits without a connection. Says what to do when that is not to be
+    /// waited for.
+    fn wait_discarding(&self, outbox: &Receiver<Settled>, delay: Duration) -> Option<Next> {
         let deadline = Instant::now() + delay;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return self.stop.is_set();
+                return None;
             }
             select! {
                 recv(outbox) -> settled => match settled {
                     Ok(settled) => self.discard(&settled),
-                    Err(_) => return self.stop.wait(left),
+                    Err(_) => return Some(Next::Restart),
                 },
-                recv(self.stop.as_receiver()) -> _ => return true,
+                recv(self.stop.as_receiver()) -> _ => return Some(Next::Unconnected),
                 default(left) => {}
             }
         }

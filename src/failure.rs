@@ -45,6 +45,16 @@ pub struct Failure {
     pub text: String,
 }
 
+impl Failure {
+    /// Whether the database could not take a value: SQLSTATE class 22.
+    #[must_use]
+    pub fn is_data_exception(&self) -> bool {
+        self.code
+            .as_ref()
+            .is_some_and(|code| code.starts_with("22"))
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.code {
@@ -66,15 +76,20 @@ pub fn class_of_sqlstate(code: &str) -> Class {
         // serialization_failure, deadlock_detected, lock_not_available,
         // query_canceled (statement_timeout)
         "40001" | "40P01" | "55P03" | "57014" => Class::Transient,
-        // read_only_sql_transaction: a standby after a failover
-        "25006" => Class::Systemic,
         // idle_in_transaction_session_timeout, transaction_timeout
         "25P03" | "25P04" => Class::Transient,
         _ => match code.get(..2) {
-            // connection exception, invalid authorization, invalid catalog,
-            // syntax error or missing table or right, insufficient resources,
-            // operator intervention, system error, internal error
-            Some("08" | "28" | "3D" | "42" | "53" | "57" | "58" | "XX") => Class::Systemic,
+            // connection exception; feature not supported, which is also a
+            // cached plan that no longer fits its table; invalid transaction
+            // state, such as a standby after a failover; a prepared statement
+            // that is gone; invalid transaction termination; invalid
+            // authorization; invalid catalog; syntax error or missing table or
+            // right; insufficient resources; object not in prerequisite state;
+            // operator intervention; system error; internal error
+            Some(
+                "08" | "0A" | "25" | "26" | "28" | "2D" | "3D" | "42" | "53" | "55" | "57" | "58"
+                | "XX",
+            ) => Class::Systemic,
             _ => Class::Permanent,
         },
     }
@@ -93,6 +108,12 @@ mod tests {
             ("57014", Class::Transient),
             ("25006", Class::Systemic),
             ("08006", Class::Systemic),
+            ("0A000", Class::Systemic),
+            ("25P02", Class::Systemic),
+            ("25P03", Class::Transient),
+            ("26000", Class::Systemic),
+            ("2D000", Class::Systemic),
+            ("55006", Class::Systemic),
             ("28P01", Class::Systemic),
             ("3D000", Class::Systemic),
             ("42P01", Class::Systemic),

@@ -23,12 +23,21 @@ impl<T> Default for Flights<T> {
 
 impl<T> Flights<T> {
     /// Makes the caller the owner of `id` and gives `item` back; or keeps it
-    /// with the owner there is, after `on_join`.
-    pub fn enter(&self, id: &MessageId, mut item: T, on_join: impl FnOnce(&mut T)) -> Option<T> {
+    /// with the owner there is, after `on_join`. Those that joined earlier and
+    /// that `is_void` in the face of the new one are dropped, so that a message
+    /// that is redelivered again and again is held once.
+    pub fn enter(
+        &self,
+        id: &MessageId,
+        mut item: T,
+        is_void: impl Fn(&T, &T) -> bool,
+        on_join: impl FnOnce(&mut T),
+    ) -> Option<T> {
         let mut joined = self.lock();
         match joined.get_mut(id) {
             Some(others) => {
                 on_join(&mut item);
+                others.retain(|other| !is_void(other, &item));
                 others.push(item);
                 None
             }
@@ -69,22 +78,27 @@ mod tests {
     fn one_owner_at_a_time_and_nobody_is_forgotten() {
         let flights = Flights::default();
         let id = MessageId::new("a").unwrap();
-        assert_eq!(flights.enter(&id, 1, |_| ()), Some(1));
-        assert_eq!(flights.enter(&id, 2, |n| *n += 10), None);
-        assert_eq!(flights.enter(&id, 3, |n| *n += 10), None);
+        let enter = |n: i32| flights.enter(&id, n, |_, _| false, |n| *n += 10);
+        assert_eq!(enter(1), Some(1));
+        assert_eq!(enter(2), None);
+        assert_eq!(enter(3), None);
         assert_eq!(flights.hand_over(&id), Some(12));
-        assert_eq!(
-            flights.enter(&id, 4, |_| ()),
-            None,
-            "the new owner keeps the id"
-        );
-        assert_eq!(flights.leave(&id), [13, 4]);
-        assert_eq!(flights.enter(&id, 5, |_| ()), Some(5));
+        assert_eq!(enter(4), None, "the new owner keeps the id");
+        assert_eq!(flights.leave(&id), [13, 14]);
+        assert_eq!(enter(5), Some(5));
         assert_eq!(flights.hand_over(&id), None);
-        assert_eq!(
-            flights.enter(&id, 6, |_| ()),
-            Some(6),
-            "handing over to nobody ends the work"
-        );
+        assert_eq!(enter(6), Some(6), "handing over to nobody ends the work");
+    }
+
+    #[test]
+    fn what_a_newer_delivery_makes_void_is_dropped() {
+        let flights = Flights::default();
+        let id = MessageId::new("a").unwrap();
+        let enter = |n: i32| flights.enter(&id, n, |old, new| old < new, |_| ());
+        assert_eq!(enter(1), Some(1));
+        for n in [2, 2, 3] {
+            assert_eq!(enter(n), None);
+        }
+        assert_eq!(flights.leave(&id), [3]);
     }
 }

@@ -4,13 +4,11 @@
 //! A key is never guessed: where the consumer's `identity` finds nothing
 //! usable, the message is dead-lettered with the reason.
 
-use std::fmt::Write as _;
-
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::config::checked::Identity;
-use crate::message::{DeadReason, Fingerprint, Message, MessageId};
+use crate::message::{DeadReason, Fingerprint, Message, MessageId, hex};
 
 /// The key of `message`, looked up where `identity` says. The text `5` and the
 /// integer `5` are one key.
@@ -28,7 +26,7 @@ pub fn identify(message: &Message, identity: &Identity) -> Result<MessageId, Dea
         Identity::MessageId => message.message_id.as_deref().and_then(MessageId::new),
         Identity::Header(name) => message.headers.get(name).and_then(header_id),
         Identity::Json(pointer) => body_id(&message.body, pointer),
-        Identity::Body => MessageId::new(&hex(fingerprint(&message.body))),
+        Identity::Body => MessageId::new(&hex(&fingerprint(&message.body).0)),
     };
     found.ok_or(DeadReason::MissingId)
 }
@@ -75,14 +73,6 @@ fn value_id(value: &Value) -> Option<MessageId> {
             None
         }
     }
-}
-
-fn hex(Fingerprint(bytes): Fingerprint) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String cannot fail.
-        _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

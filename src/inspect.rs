@@ -83,7 +83,7 @@ impl Findings {
         });
     }
 
-    fn expect(&mut self, subject: &str, good: bool, otherwise: Severity, text: &str, hint: &str) {
+    fn require(&mut self, subject: &str, good: bool, otherwise: Severity, text: &str, hint: &str) {
         match good {
             true => self.add(subject, Severity::Good, text),
             false => self.add(subject, otherwise, format!("{text}\n         hint: {hint}")),
@@ -141,28 +141,28 @@ fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(
     let encoding: String = row.get(1);
     let synchronous_commit: String = row.get(2);
     let in_recovery: bool = row.get(3);
-    findings.expect(
+    findings.require(
         "PostgreSQL version",
         u32::try_from(version).is_ok_and(|version| version >= POSTGRES_MIN),
         Severity::Wrong,
         &format!("{}.{}", version / 10_000, version % 10_000),
         "PostgreSQL 13 or newer is needed",
     );
-    findings.expect(
+    findings.require(
         "PostgreSQL encoding",
         encoding == "UTF8",
         Severity::Wrong,
         &encoding,
         "message ids and bodies are UTF-8: create the database with ENCODING 'UTF8'",
     );
-    findings.expect(
+    findings.require(
         "PostgreSQL synchronous_commit",
         synchronous_commit != "off",
         Severity::Warning,
         &synchronous_commit,
         "a crash of the server can lose ledger rows of messages that are acknowledged",
     );
-    findings.expect(
+    findings.require(
         "PostgreSQL role in replication",
         !in_recovery,
         Severity::Wrong,
@@ -190,7 +190,7 @@ fn postgres_schema(
                     .fetch_one(connection)
                     .await
             })?;
-            findings.expect(
+            findings.require(
                 subject,
                 may,
                 Severity::Denied,
@@ -220,7 +220,7 @@ fn postgres_schema(
         .fetch_all(connection)
         .await
     })?;
-    findings.expect(
+    findings.require(
         "PostgreSQL rights",
         lacking.is_empty(),
         Severity::Denied,
@@ -258,7 +258,7 @@ fn redis(config: &checked::Config, findings: &mut Findings) {
         }
     };
     let major = info.version.split('.').next().and_then(|n| n.parse().ok());
-    findings.expect(
+    findings.require(
         "Redis version",
         major.is_none_or(|major: u32| major >= REDIS_MIN),
         Severity::Wrong,
@@ -266,7 +266,7 @@ fn redis(config: &checked::Config, findings: &mut Findings) {
         "Redis 7.0 or newer (or Valkey) is needed for SET with NX and GET",
     );
     if let Some(policy) = &info.eviction {
-        findings.expect(
+        findings.require(
             "Redis eviction policy",
             policy == "noeviction",
             Severity::Warning,

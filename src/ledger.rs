@@ -333,21 +333,14 @@ async fn write_journal(
             .map(|e| e.failure.code.as_deref())
             .collect::<Vec<_>>(),
     )
-    .bind(column(|e| bounded(&e.failure.text)))
-    .bind(column(|e| storable(e.exchange)))
-    .bind(column(|e| storable(e.routing_key)))
+    .bind(column(|e| {
+        e.failure.text.chars().take(ERROR_TEXT_MAX).collect()
+    }))
+    .bind(column(|e| e.exchange.to_owned()))
+    .bind(column(|e| e.routing_key.to_owned()))
     .execute(connection)
     .await?;
     Ok(())
-}
-
-fn bounded(text: &str) -> String {
-    storable(text).chars().take(ERROR_TEXT_MAX).collect()
-}
-
-/// PostgreSQL text cannot hold NUL.
-fn storable(text: &str) -> String {
-    text.replace('\0', "\u{FFFD}")
 }
 
 fn register(session: &mut Session, consumer: &str) -> Result<Registration, Error> {

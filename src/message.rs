@@ -40,6 +40,15 @@ impl fmt::Display for MessageId {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub [u8; 32]);
 
+/// `bytes` as lower-case hexadecimal digits.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits
+        .filter_map(|digit| char::from_digit(u32::from(digit), 16))
+        .collect()
+}
+
 /// Which connection a delivery came over. A delivery tag means nothing without
 /// it: after a reconnect the same tag is another message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -127,9 +136,10 @@ pub struct Repairs {
 /// One message as the broker delivered it, free of AMQP types.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Message {
-    /// Exchange it was published to; empty for the default exchange.
+    /// Exchange it was published to; empty for the default exchange. NUL
+    /// characters, which PostgreSQL cannot hold, have become U+FFFD.
     pub exchange: String,
-    /// Routing key it was published with.
+    /// Routing key it was published with, NUL characters likewise.
     pub routing_key: String,
     /// True when it was handed over before and never settled.
     pub redelivered: bool,

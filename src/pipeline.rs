@@ -73,6 +73,19 @@ pub struct Worker {
     verdict: Verdict,
 }
 
+/// How often a batch that fails for a fault of the world's is tried whole,
+/// before its halves are tried each for itself.
+const TRIES_TOGETHER: u32 = 3;
+
+/// Where a try failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Before the handler: nothing of the message's content was looked at.
+    Ledger,
+    /// In the handler, or in the commit of what it did.
+    Handler,
+}
+
 /// How one try of a batch in one transaction ended.
 enum Tried {
     /// Every item has been dealt with.
@@ -80,7 +93,7 @@ enum Tried {
     /// Somebody in the batch is at fault.
     Split,
     /// Nobody is: the same again, after a while.
-    Wait(Failure),
+    Wait(Failure, Stage),
 }
 
 impl Worker {
@@ -170,7 +183,9 @@ impl Worker {
             match usable_id(&item, &consumer) {
                 Ok(id) => {
                     item.id = Some(id.clone());
-                    let entered = self.shared.flights.enter(&id, item, |joining| {
+                    // The broker thread would drop the older one's settlement.
+                    let is_void = |old: &Item, new: &Item| old.epoch() < new.epoch();
+                    let entered = self.shared.flights.enter(&id, item, is_void, |joining| {
                         joining.on(Event::Collided);
                     });
                     if let Some(mut item) = entered {
@@ -273,31 +288,36 @@ impl Worker {
     }
 
     /// 4 to 6. Applies `items` in as few transactions as the messages at fault
-    ///    allow.
-    fn apply(&mut self, mut items: Vec<Item>) {
+    ///    allow. What has to wait goes behind what need not.
+    fn apply(&mut self, items: Vec<Item>) {
+        let mut groups = VecDeque::from([items]);
         let mut tries = 0;
-        loop {
-            items.append(&mut self.again);
-            if items.is_empty() {
-                return;
-            }
+        while let Some(mut items) = groups.pop_front() {
             items.sort_unstable_by(|a, b| a.id.cmp(&b.id));
-            match self.attempt(&mut items) {
-                Tried::Through => {}
+            let tried = self.attempt(&mut items);
+            items.append(&mut self.again);
+            match tried {
+                Tried::Through if items.is_empty() => {}
+                Tried::Through => groups.push_front(items),
                 Tried::Split => {
                     let rest = items.split_off(items.len() / 2);
-                    self.apply(items);
-                    items = rest;
+                    groups.push_front(rest);
+                    groups.push_front(items);
                 }
-                Tried::Wait(failure) => {
+                Tried::Wait(failure, stage) => {
                     // What is decided must not wait for what is not.
                     self.tell();
                     if self.pause(tries, &failure) {
-                        items.append(&mut self.again);
-                        for item in items.drain(..) {
+                        for item in items.into_iter().chain(groups.drain(..).flatten()) {
                             self.advance(item, Event::Stopping);
                         }
+                        return;
                     }
+                    // The world may be broken for one message alone.
+                    if stage == Stage::Handler && tries >= TRIES_TOGETHER && items.len() > 1 {
+                        groups.push_back(items.split_off(items.len() / 2));
+                    }
+                    groups.push_back(items);
                     tries += 1;
                 }
             }
@@ -308,7 +328,7 @@ impl Worker {
     fn attempt(&mut self, items: &mut Vec<Item>) -> Tried {
         match self.record(items) {
             Ok(()) => {}
-            Err(error) => return self.undo(items, error, false),
+            Err(error) => return self.undo(items, error, Stage::Ledger),
         }
         failpoint::hit(Step::Recorded);
         if items.is_empty() {
@@ -317,7 +337,7 @@ impl Worker {
         }
         match self.run_handler(items) {
             Ok(()) => {}
-            Err(error) => return self.undo(items, error, true),
+            Err(error) => return self.undo(items, error, Stage::Handler),
         }
         failpoint::hit(Step::Applied);
         match self.ledger.commit() {
@@ -328,12 +348,14 @@ impl Worker {
                 }
                 Tried::Through
             }
-            Err(CommitError::Refused(failure)) => self.undo(items, Error::Refused(failure), true),
+            Err(CommitError::Refused(failure)) => {
+                self.undo(items, Error::Refused(failure), Stage::Handler)
+            }
             Err(CommitError::Unknown(cause)) => {
                 for item in items.iter_mut() {
                     item.on(Event::CommitUnknown);
                 }
-                Tried::Wait(Error::Lost(cause).into_failure())
+                Tried::Wait(Error::Lost(cause).into_failure(), Stage::Ledger)
             }
         }
     }
@@ -382,19 +404,24 @@ impl Worker {
     }
 
     /// Rolls back and finds out what the error asks for.
-    fn undo(&mut self, items: &mut Vec<Item>, error: Error, handler_ran: bool) -> Tried {
-        match &error {
-            Error::Lost(_) | Error::Unreachable { .. } => self.ledger.lost(),
-            Error::Refused(_) => self.ledger.rollback(),
-        }
+    fn undo(&mut self, items: &mut Vec<Item>, error: Error, stage: Stage) -> Tried {
+        let lost = !matches!(error, Error::Refused(_));
         let failure = error.into_failure();
-        let batch_at_fault =
-            failure.class != Class::Systemic && (handler_ran || failure.class == Class::Permanent);
-        if !batch_at_fault {
+        // A session may itself be what is wrong, with plans that no longer fit.
+        match lost || failure.class == Class::Systemic {
+            true => self.ledger.lost(),
+            false => self.ledger.rollback(),
+        }
+        let at_fault = match stage {
+            Stage::Handler => failure.class != Class::Systemic,
+            // All that the ledger is given of a message is its id.
+            Stage::Ledger => failure.is_data_exception(),
+        };
+        if !at_fault {
             for item in items.iter_mut() {
                 item.on(Event::Failed(Class::Systemic));
             }
-            return Tried::Wait(failure);
+            return Tried::Wait(failure, stage);
         }
         if items.len() > 1 {
             for item in items.iter_mut() {
@@ -415,16 +442,26 @@ impl Worker {
         }
         match self.again.is_empty() {
             true => Tried::Through,
-            false => Tried::Wait(failure),
+            false => Tried::Wait(failure, stage),
         }
     }
 
     /// Waits before the next try. True when the daemon stops.
     fn pause(&self, tries: u32, failure: &Failure) -> bool {
-        let consumer = self.shared.consumer.name.as_str();
         let delay = self.shared.backoff.delay(tries, random::draw());
-        if tries == 0 && failure.class == Class::Systemic {
-            log::warn!(consumer = consumer, code = failure.code.as_deref().unwrap_or(""); "waiting: {failure}");
+        // A wait that lasts is told again, ever more rarely.
+        if tries == 0 || tries.is_power_of_two() {
+            let text = match failure.class {
+                Class::Systemic => failure.text.as_str(),
+                // It is about a message, and may quote it.
+                Class::Transient | Class::Permanent => "a failure that may pass",
+            };
+            log::warn!(
+                consumer = self.shared.consumer.name.as_str(),
+                code = failure.code.as_deref().unwrap_or(""),
+                tries = tries + 1;
+                "waiting: {text}"
+            );
         }
         self.shared.stop.wait(delay)
     }

@@ -79,26 +79,26 @@ impl Session {
         let connecting = PgConnection::connect_with(&options);
         let connected = runtime
             .block_on(async { tokio::time::timeout(config.connect_timeout, connecting).await });
-        let connection = match connected {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => {
-                return Err(match from_sqlx(&error) {
-                    Error::Refused(failure) => Error::Refused(failure),
-                    _ => unreachable(error.to_string()),
+        let cause = match connected {
+            Ok(Ok(connection)) => {
+                return Ok(Self {
+                    connection,
+                    runtime,
+                    reply_timeout: config.statement_timeout + REPLY_GRACE,
                 });
             }
+            Ok(Err(error)) => match from_sqlx(&error) {
+                refused @ Error::Refused(_) => refused,
+                _ => unreachable(error.to_string()),
+            },
             Err(_) => {
                 let within = config.connect_timeout;
-                return Err(unreachable(format!(
-                    "no answer within {within:?} (connect_timeout)"
-                )));
+                unreachable(format!("no answer within {within:?} (connect_timeout)"))
             }
         };
-        Ok(Self {
-            connection,
-            runtime,
-            reply_timeout: config.statement_timeout + REPLY_GRACE,
-        })
+        // A name that is still being looked up is not waited for.
+        runtime.shutdown_background();
+        Err(cause)
     }
 
     /// Runs `call` to its end, or to the time when the server is taken for dead.

@@ -319,7 +319,7 @@ impl Flow<'_> {
 
     /// The stop: gives back what nobody has begun, and waits for the rest.
     fn drain(&mut self, deliveries: &Receiver<ConsumerMessage>, feed: &mut Feed<'_>) -> End {
-        let deadline = Instant::now() + feed.shutdown_timeout;
+        let deadline = Instant::now() + feed.stop.left_of(feed.shutdown_timeout);
         // The workers end when their inbox is closed and empty, and with the
         // last of them the outbox.
         *feed.stopper = None;

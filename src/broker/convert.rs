@@ -5,15 +5,17 @@ use std::time::{Duration, UNIX_EPOCH};
 use amiquip::{AmqpValue, FieldTable};
 use serde_json::{Map, Number, Value};
 
-use crate::message::{Message, Repairs};
+use crate::message::{Message, Repairs, hex};
 
 /// Takes the content out of a delivery and leaves the hollow shell, which is
 /// all that is needed to settle it.
 pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> Message {
     let properties = std::mem::take(&mut delivery.properties);
+    let exchange = std::mem::take(&mut delivery.exchange);
+    let routing_key = std::mem::take(&mut delivery.routing_key);
     Message {
-        exchange: std::mem::take(&mut delivery.exchange),
-        routing_key: std::mem::take(&mut delivery.routing_key),
+        exchange: clean(&exchange),
+        routing_key: clean(&routing_key),
         redelivered: delivery.redelivered,
         body: std::mem::take(&mut delivery.body),
         message_id: properties.message_id().clone(),
@@ -55,7 +57,7 @@ fn json(value: &AmqpValue) -> Value {
         AmqpValue::FieldArray(values) => values.iter().map(json).collect(),
         AmqpValue::Timestamp(seconds) => Value::from(*seconds),
         AmqpValue::FieldTable(table) => Value::Object(object(table)),
-        AmqpValue::ByteArray(bytes) => Value::String(hex(bytes)),
+        AmqpValue::ByteArray(bytes) => Value::String(format!("\\x{}", hex(bytes))),
         AmqpValue::Void => Value::Null,
     }
 }
@@ -72,11 +74,6 @@ fn decimal(scale: u8, value: u32) -> Value {
 /// PostgreSQL cannot hold NUL in text or in JSON.
 fn clean(text: &str) -> String {
     text.replace('\0', "\u{FFFD}")
-}
-
-fn hex(bytes: &[u8]) -> String {
-    let digits = bytes.iter().map(|byte| format!("{byte:02x}"));
-    std::iter::once("\\x".to_owned()).chain(digits).collect()
 }
 
 #[cfg(test)]

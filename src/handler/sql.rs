@@ -127,8 +127,8 @@ struct Columns<'a> {
     payload: Vec<&'a [u8]>,
     is_json: Vec<bool>,
     headers: Vec<String>,
-    exchange: Vec<String>,
-    routing_key: Vec<String>,
+    exchange: Vec<&'a str>,
+    routing_key: Vec<&'a str>,
     published_at: Vec<Option<f64>>,
     redelivered: Vec<bool>,
     attempt: Vec<i32>,
@@ -146,8 +146,8 @@ impl<'a> Columns<'a> {
             headers: messages()
                 .map(|m| serde_json::Value::Object(m.headers.clone()).to_string())
                 .collect(),
-            exchange: messages().map(|m| storable_text(&m.exchange)).collect(),
-            routing_key: messages().map(|m| storable_text(&m.routing_key)).collect(),
+            exchange: messages().map(|m| m.exchange.as_str()).collect(),
+            routing_key: messages().map(|m| m.routing_key.as_str()).collect(),
             published_at: messages().map(published_at).collect(),
             redelivered: messages().map(|m| m.redelivered).collect(),
             attempt: batch
@@ -169,11 +169,6 @@ impl<'a> Columns<'a> {
             .bind(&self.redelivered)
             .bind(&self.attempt)
     }
-}
-
-/// PostgreSQL text cannot hold NUL.
-fn storable_text(text: &str) -> String {
-    text.replace('\0', "\u{FFFD}")
 }
 
 #[expect(

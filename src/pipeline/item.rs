@@ -5,7 +5,7 @@ use crate::config::checked;
 use crate::failure::{Class, Failure};
 use crate::identity;
 use crate::lifecycle::{self, Action, Body, Event, State};
-use crate::message::{DeadReason, Delivery, Fingerprint, MessageId, Settlement};
+use crate::message::{DeadReason, Delivery, Epoch, Fingerprint, MessageId, Settlement};
 
 /// One delivery on its way.
 #[derive(Debug)]
@@ -50,6 +50,10 @@ impl Item {
                 &[Action::Release, Action::Settle(Settlement::Requeue)]
             }
         }
+    }
+
+    pub(super) fn epoch(&self) -> Epoch {
+        self.delivery.ticket.epoch
     }
 
     pub(super) fn compare(&self, fingerprint: Fingerprint) -> Body {

@@ -92,9 +92,26 @@ impl Management {
         serde_json::from_slice(&self.expect("GET", path, "")).expect("JSON")
     }
 
-    /// What is at `path`, as it is.
-    pub fn download(&self, path: &str) -> Vec<u8> {
-        self.expect("GET", path, "")
+    /// What is at `path`, as it is; `None` when the server has no such thing.
+    pub fn download(&self, path: &str) -> Option<Vec<u8>> {
+        match self.request("GET", path, "") {
+            Ok(content) => Some(content),
+            Err(error) if error.contains("404") => None,
+            Err(error) => panic!("failed to GET {path}: {error}"),
+        }
+    }
+
+    /// Publishes to `queue` of `vhost` through the HTTP API, as rabbitmqadmin
+    /// does. `properties` is JSON.
+    pub fn publish(&self, vhost: &str, queue: &str, payload: &str, properties: &str) {
+        let path = format!("/api/exchanges/{}/amq.default/publish", encode(vhost));
+        let properties: Value = serde_json::from_str(properties).expect("JSON");
+        let body = serde_json::json!({
+            "routing_key": queue, "payload": payload, "payload_encoding": "string",
+            "properties": properties,
+        });
+        let reply = self.expect("POST", &path, &body.to_string());
+        assert!(String::from_utf8_lossy(&reply).contains(r#""routed":true"#));
     }
 
     fn expect(&self, method: &str, path: &str, body: &str) -> Vec<u8> {
