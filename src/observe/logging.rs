@@ -3,7 +3,7 @@
 use log::{LevelFilter, Log, Metadata, Record};
 
 /// Starts the log. `RUST_LOG` sets its level (`info` unless told otherwise),
-/// save for what [`Capped`] holds back.
+/// save for what may quote a secret: that is held back at every level.
 pub fn start() {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(LevelFilter::Info);
