@@ -230,14 +230,6 @@ impl Link {
         self.blocked.as_deref()
     }
 
-    /// Ends the connection at once, without a goodbye; calls on it return an
-    /// error within milliseconds.
-    pub fn sever(&self) {
-        if let Some(open) = &self.open {
-            open.watchdog.end_now();
-        }
-    }
-
     /// Says goodbye and waits for the answer, at most `within`.
     ///
     /// # Errors

@@ -74,11 +74,6 @@ impl Watchdog {
     pub(super) fn fired(&self) -> bool {
         self.shared.lock().fired
     }
-
-    /// Shuts the socket down now.
-    pub(super) fn end_now(&self) {
-        self.arm(Duration::ZERO);
-    }
 }
 
 impl Drop for Watchdog {
