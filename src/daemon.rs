@@ -261,6 +261,7 @@ impl Runner {
             unstarted: &pool.unstarted,
             outbox: &pool.outbox,
             panicked: &pool.panicked,
+            gate: &pool.gate,
             stop: &self.stop,
             shutdown_timeout: self.config.daemon.shutdown_timeout,
         };

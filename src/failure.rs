@@ -33,6 +33,24 @@ impl fmt::Display for Class {
     }
 }
 
+/// What a consumer's configuration says about codes, instead of the tables:
+/// whole codes, or beginnings of codes such as the two characters of a
+/// SQLSTATE class. The longest that fits decides.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Overrides(pub Vec<(String, Class)>);
+
+impl Overrides {
+    /// The class that the configuration gives `code`, if it does.
+    #[must_use]
+    pub fn class_of(&self, code: &str) -> Option<Class> {
+        self.0
+            .iter()
+            .filter(|(start, _)| code.starts_with(start.as_str()))
+            .max_by_key(|(start, _)| start.len())
+            .map(|(_, class)| *class)
+    }
+}
+
 /// Why an attempt failed: its class, the database's, receiver's or program's
 /// own code for it, and a text for humans.
 #[derive(Debug, Clone, PartialEq, Eq)]

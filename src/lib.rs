@@ -23,7 +23,7 @@
 //! | floor | rooms | they must not |
 //! |---|---|---|
 //! | data and rules | [`message`], [`lifecycle`], [`failure`], [`identity`], [`backoff`], [`config::checked`], [`broker::window`] | do I/O |
-//! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`postgres`] | know what a message means |
+//! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`gate`], [`postgres`] | know what a message means |
 //! | adapters | [`broker`], [`claim`], [`ledger`], [`handler`] | know one another |
 //! | work | [`pipeline`], [`pool`], [`inspect`] | name AMQP or Redis types |
 //! | process | [`daemon`], [`observe`] | exit |
@@ -42,6 +42,7 @@ pub mod daemon;
 pub mod failpoint;
 pub mod failure;
 pub mod flights;
+pub mod gate;
 pub mod handler;
 pub mod identity;
 pub mod inspect;

@@ -389,6 +389,8 @@ fn refused() -> Step {
 fn dead(reason: DeadReason) -> Step {
     let actions: &'static [Action] = match reason {
         DeadReason::Rejected => &[Action::Journal(DeadReason::Rejected)],
+        DeadReason::MaxAttempts => &[Action::Journal(DeadReason::MaxAttempts)],
+        DeadReason::CrashLoop => &[Action::Journal(DeadReason::CrashLoop)],
         DeadReason::MissingId => &[Action::Journal(DeadReason::MissingId)],
         DeadReason::IdConflict => &[Action::Journal(DeadReason::IdConflict)],
         DeadReason::TooLarge => &[Action::Journal(DeadReason::TooLarge)],
@@ -401,8 +403,10 @@ fn dead(reason: DeadReason) -> Step {
 mod tests {
     use super::*;
 
-    const REASONS: [DeadReason; 5] = [
+    const REASONS: [DeadReason; 7] = [
         DeadReason::Rejected,
+        DeadReason::MaxAttempts,
+        DeadReason::CrashLoop,
         DeadReason::MissingId,
         DeadReason::IdConflict,
         DeadReason::TooLarge,

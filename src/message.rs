@@ -49,6 +49,21 @@ pub fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
+/// Header of a retried or dead-lettered copy: how many attempts were made at
+/// the message so far.
+pub const ATTEMPTS_HEADER: &str = "ackonce-attempts";
+
+/// Header of a retried or dead-lettered copy: the exchange that the message was
+/// first published to.
+pub const EXCHANGE_HEADER: &str = "ackonce-exchange";
+
+/// Header of a retried or dead-lettered copy: the routing key that the message
+/// was first published with.
+pub const ROUTING_KEY_HEADER: &str = "ackonce-routing-key";
+
+/// Header of a dead letter that the daemon published itself: the [`DeadReason`].
+pub const REASON_HEADER: &str = "ackonce-reason";
+
 /// Which connection a delivery came over. A delivery tag means nothing without
 /// it: after a reconnect the same tag is another message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -73,6 +88,9 @@ pub enum Settlement {
     Reject,
     /// Give it back to the queue: this worker did not apply it.
     Requeue,
+    /// Have a copy come back after a delay: publish it to a retry queue, and
+    /// remove this one once the broker has confirmed the copy.
+    Retry,
 }
 
 /// A settled delivery on its way to the broker thread.
@@ -83,6 +101,35 @@ pub struct Settled {
     pub ticket: Ticket,
     /// What the broker is told.
     pub settlement: Settlement,
+    /// What a copy of the message needs; for [`Settlement::Retry`] and
+    /// [`Settlement::Reject`].
+    pub parcel: Option<Box<Parcel>>,
+}
+
+/// What the broker thread gave away with a delivery and needs back to make a
+/// copy of it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Parcel {
+    /// The body, as published.
+    pub body: Vec<u8>,
+    /// Exchange it was first published to, as in [`Message::exchange`].
+    pub exchange: String,
+    /// Routing key it was first published with.
+    pub routing_key: String,
+    /// Attempts made so far, for [`ATTEMPTS_HEADER`].
+    pub attempts: u32,
+    /// What the copy is for.
+    pub purpose: Purpose,
+}
+
+/// What becomes of a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// It waits in the retry queue of the consumer's backoff step of this
+    /// number, counted from 0.
+    Retry(usize),
+    /// It is a dead letter.
+    DeadLetter(DeadReason),
 }
 
 /// Why a message came to rest in the dead-letter queue. The `Display` form is
@@ -91,6 +138,10 @@ pub struct Settled {
 pub enum DeadReason {
     /// The handler or the database refused it for good.
     Rejected,
+    /// Every attempt failed.
+    MaxAttempts,
+    /// It was in work when its worker died, again and again.
+    CrashLoop,
     /// No usable message id where the consumer's `identity` looks for it.
     MissingId,
     /// An applied message has the same id and another body.
@@ -107,6 +158,8 @@ impl DeadReason {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Rejected => "rejected",
+            Self::MaxAttempts => "max-attempts",
+            Self::CrashLoop => "crash-loop",
             Self::MissingId => "missing-id",
             Self::IdConflict => "id-conflict",
             Self::TooLarge => "too-large",
@@ -136,11 +189,14 @@ pub struct Repairs {
 /// One message as the broker delivered it, free of AMQP types.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Message {
-    /// Exchange it was published to; empty for the default exchange. NUL
-    /// characters, which PostgreSQL cannot hold, have become U+FFFD.
+    /// Exchange it was first published to, before any retry; empty for the
+    /// default exchange. NUL characters, which PostgreSQL cannot hold, have
+    /// become U+FFFD.
     pub exchange: String,
-    /// Routing key it was published with, NUL characters likewise.
+    /// Routing key it was first published with, NUL characters likewise.
     pub routing_key: String,
+    /// Attempts made at it before this delivery.
+    pub attempts: u32,
     /// True when it was handed over before and never settled.
     pub redelivered: bool,
     /// The body, as published.

@@ -21,6 +21,7 @@ use crate::config::checked;
 use crate::failpoint::{self, Step};
 use crate::failure::{Class, Failure};
 use crate::flights::Flights;
+use crate::gate::Gate;
 use crate::handler::{Handler, Work};
 use crate::ledger::{CommitError, Ledger, Record};
 use crate::lifecycle::Event;
@@ -49,6 +50,8 @@ pub struct Shared {
     pub outbox: Sender<Settled>,
     /// Ids in flight in this consumer.
     pub flights: Arc<Flights<Item>>,
+    /// Whether the consumer takes messages.
+    pub gate: Arc<Gate>,
     /// Whether to finish what is begun and begin nothing more.
     pub stop: Stop,
     /// The consumer's configuration.

@@ -14,6 +14,7 @@ use crate::backoff::Backoff;
 use crate::claim::{Claims, Renewer};
 use crate::config::checked;
 use crate::flights::Flights;
+use crate::gate::Gate;
 use crate::handler;
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
@@ -32,6 +33,8 @@ pub struct Pool {
     pub outbox: Receiver<Settled>,
     /// Something comes when a worker has panicked.
     pub panicked: Receiver<()>,
+    /// Whether the consumer takes messages, as its workers see the world.
+    pub gate: Arc<Gate>,
     renewal: Option<(Sender<()>, Renewer)>,
 }
 
@@ -57,6 +60,7 @@ impl Pool {
             inbox: unstarted.clone(),
             outbox: settle,
             flights: Arc::new(Flights::default()),
+            gate: Arc::new(Gate::default()),
             stop,
             consumer: Arc::clone(consumer),
             backoff: Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max),
@@ -74,6 +78,7 @@ impl Pool {
             spawn(&consumer.name, number, worker, panic.clone())?;
         }
         Ok(Self {
+            gate: shared.gate,
             inbox: Some(inbox),
             stopper: Some(stopper),
             unstarted,

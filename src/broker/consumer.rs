@@ -17,6 +17,7 @@ use super::topology::{self, TopologyError};
 use super::window::{Order, Window};
 use crate::config::checked;
 use crate::failpoint::{self, Step};
+use crate::gate::Gate;
 use crate::lifecycle;
 use crate::message::{Delivery, Epoch, Settled, Settlement, Ticket};
 use crate::stop::{Stop, Stopper};
@@ -50,6 +51,8 @@ pub struct Feed<'a> {
     pub outbox: &'a Receiver<Settled>,
     /// A worker panicked.
     pub panicked: &'a Receiver<()>,
+    /// Closed while the workers see the world broken.
+    pub gate: &'a Gate,
     /// Time to stop.
     pub stop: &'a Stop,
     /// How long a stop waits for the workers.
@@ -363,6 +366,7 @@ impl Flow<'_> {
             self.settle(Settled {
                 ticket: delivery.ticket,
                 settlement: Settlement::Requeue,
+                parcel: None,
             })?;
         }
         Ok(())

@@ -14,6 +14,7 @@ pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> 
     let exchange = std::mem::take(&mut delivery.exchange);
     let routing_key = std::mem::take(&mut delivery.routing_key);
     Message {
+        attempts: 0,
         exchange: clean(&exchange),
         routing_key: clean(&routing_key),
         redelivered: delivery.redelivered,

@@ -74,6 +74,8 @@ impl<D> Window<D> {
             }
             Settlement::Reject => Order::Reject,
             Settlement::Requeue => Order::Requeue,
+            // Its copy comes first; then it is acked.
+            Settlement::Retry => return None,
         };
         self.slots.remove(&tag).map(|slot| order(slot.delivery))
     }

@@ -5,6 +5,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::failure::Overrides;
+
 /// A string that never shows in logs, errors or `Debug` output.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -38,6 +40,8 @@ pub struct Config {
     pub redis: Option<Redis>,
     /// `[postgres]`
     pub postgres: Postgres,
+    /// `[ledger]`
+    pub ledger: Ledger,
     /// `[daemon]`
     pub daemon: Daemon,
     /// `[[consumer]]`, at least one, names unique.
@@ -88,6 +92,18 @@ pub struct Postgres {
     pub auto_migrate: bool,
 }
 
+/// `[ledger]`: how long it remembers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ledger {
+    /// How long a ledger row and a journal row are kept: the promise covers
+    /// duplicates that are not older.
+    pub retention: Duration,
+    /// How often a daemon looks for rows that are older.
+    pub prune_every: Duration,
+    /// Most rows deleted in one transaction.
+    pub prune_batch: usize,
+}
+
 /// `[daemon]`: the process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Daemon {
@@ -118,6 +134,13 @@ pub struct Consumer {
     pub identity: Identity,
     /// Look a Redis `done` mark up in the ledger all the same.
     pub confirm_duplicates: bool,
+    /// Deaths of its worker after which a message is dead-lettered as
+    /// `crash-loop`; at least 3.
+    pub max_deaths: u32,
+    /// `[consumer.retry]`
+    pub retry: Retry,
+    /// `[consumer.failures]`
+    pub failures: Overrides,
     /// `[consumer.claim]`
     pub claim: Claim,
     /// `[consumer.topology]`
@@ -139,6 +162,24 @@ pub enum Identity {
     Body,
 }
 
+/// `[consumer.retry]`: what happens to a message whose attempt failed and may
+/// succeed later.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retry {
+    /// Attempts before it is dead-lettered as `max-attempts`; 1 means that
+    /// nothing is retried.
+    pub max_attempts: u32,
+    /// Delay after the first failed attempt, after the second, …; the last
+    /// goes on for all that follow. Not empty, whole milliseconds. Each is a
+    /// queue of its own on the broker.
+    pub backoff: Vec<Duration>,
+    /// How much shorter a delay may be, in percent, drawn for each message.
+    pub jitter_percent: u8,
+    /// Failed attempts in a row, across messages and without a success between
+    /// them, after which the consumer pauses; 0 means never.
+    pub breaker: u32,
+}
+
 /// `[consumer.claim]`: the lease on a message id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
@@ -155,6 +196,10 @@ pub struct Claim {
 /// `[consumer.topology]`: what exists on the broker, or is made to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
+    /// What the daemon does about what it needs.
+    pub mode: TopologyMode,
+    /// How a dead letter leaves the work queue.
+    pub dead_letters: DeadLetters,
     /// Work queue.
     pub queue: String,
     /// Queue type of work and dead-letter queue.
@@ -168,6 +213,27 @@ pub struct Topology {
     pub dead_letter_queue: String,
     /// What feeds the work queue beside the default exchange.
     pub bindings: Vec<Binding>,
+}
+
+/// What the daemon does about queues, exchanges and bindings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TopologyMode {
+    /// Make what is missing; what exists must be as configured.
+    Declare,
+    /// Make nothing; everything must exist as configured.
+    Verify,
+    /// Make nothing and compare nothing; queues must exist.
+    None,
+}
+
+/// How a dead letter gets from the work queue to the dead-letter queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeadLetters {
+    /// The daemon rejects it, and the broker moves it.
+    Reject,
+    /// The daemon publishes it to the dead-letter exchange, and acks it once
+    /// the broker has confirmed it.
+    Publish,
 }
 
 /// RabbitMQ queue types.

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::checked::{Claim, Consumer, Handler, Identity, SqlHandler};
+use super::checked::{Claim, Consumer, Handler, Identity, Retry, SqlHandler};
 use super::error::{Complaint, shown};
 use super::reader::{Field, Section, compare};
 use super::source::Span;
 use super::topology::{self, Names};
 use super::{defaults, duration, files, keys};
+use crate::failure::Overrides;
 
 /// Every consumer that could be read whole; the rest is reported.
 pub(super) fn consumers(root: &Section<'_>) -> Vec<Consumer> {
@@ -71,6 +72,14 @@ fn consumer(
         max_body: max_body.value,
         identity: identity.value,
         confirm_duplicates: confirm_duplicates.value,
+        max_deaths: defaults::MAX_DEATHS.default,
+        retry: Retry {
+            max_attempts: defaults::MAX_ATTEMPTS.default,
+            backoff: defaults::RETRY_BACKOFF.to_vec(),
+            jitter_percent: defaults::RETRY_JITTER.default,
+            breaker: defaults::BREAKER.default,
+        },
+        failures: Overrides::default(),
         claim,
         topology: topology?,
         handler: handler?,

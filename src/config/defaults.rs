@@ -60,6 +60,13 @@ pub const IDLE_IN_TRANSACTION_TIMEOUT: Setting<Duration> =
 /// `[postgres] auto_migrate`
 pub const AUTO_MIGRATE: bool = true;
 
+/// `[ledger] retention`
+pub const RETENTION: Setting<Duration> = setting(ms(30 * DAY), ms(MINUTE), ms(3650 * DAY));
+/// `[ledger] prune_every`
+pub const PRUNE_EVERY: Setting<Duration> = setting(ms(MINUTE), ms(100), ms(DAY));
+/// `[ledger] prune_batch`, rows.
+pub const PRUNE_BATCH: Setting<usize> = setting(1_000, 1, 100_000);
+
 /// `[daemon] shutdown_timeout`
 pub const SHUTDOWN_TIMEOUT: Setting<Duration> = setting(ms(25 * SECOND), ms(100), ms(HOUR));
 /// `[daemon] reconnect_min`
@@ -83,6 +90,21 @@ pub const IDENTITY: Identity = Identity::MessageId;
 pub const HEADER_NAME_MAX: usize = 128;
 /// `[[consumer]] confirm_duplicates`
 pub const CONFIRM_DUPLICATES: bool = false;
+
+/// `[[consumer]] max_deaths`
+pub const MAX_DEATHS: Setting<u32> = setting(3, 3, 100);
+/// `[consumer.retry] max_attempts`
+pub const MAX_ATTEMPTS: Setting<u32> = setting(5, 1, 1_000);
+/// `[consumer.retry] backoff`
+pub const RETRY_BACKOFF: [Duration; 4] = [ms(SECOND), ms(10 * SECOND), ms(MINUTE), ms(10 * MINUTE)];
+/// Each of `[consumer.retry] backoff`.
+pub const RETRY_DELAY: Setting<Duration> = setting(ms(SECOND), ms(10), ms(7 * DAY));
+/// Most steps in `[consumer.retry] backoff`.
+pub const RETRY_STEPS_MAX: usize = 16;
+/// `[consumer.retry] jitter`, percent.
+pub const RETRY_JITTER: Setting<u8> = setting(10, 0, 100);
+/// `[consumer.retry] breaker`
+pub const BREAKER: Setting<u32> = setting(100, 0, 1_000_000);
 
 /// `[consumer.claim] lease`
 pub const LEASE: Setting<Duration> = setting(ms(5 * SECOND), ms(200), ms(HOUR));

@@ -89,6 +89,11 @@ fn read(reader: &Reader<'_>, table: &DeTable<'_>) -> Option<Config> {
         broker: broker?,
         redis: redis?,
         postgres: postgres?,
+        ledger: checked::Ledger {
+            retention: defaults::RETENTION.default,
+            prune_every: defaults::PRUNE_EVERY.default,
+            prune_batch: defaults::PRUNE_BATCH.default,
+        },
         daemon,
         consumers,
     })

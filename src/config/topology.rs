@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use toml::de::DeValue;
 
-use super::checked::{Binding, BindingArgument, ExchangeType, QueueType, Topology};
+use super::checked::{
+    Binding, BindingArgument, DeadLetters, ExchangeType, QueueType, Topology, TopologyMode,
+};
 use super::error::{Complaint, shown};
 use super::reader::{Field, Section};
 use super::source::Span;
@@ -75,6 +77,8 @@ pub(super) fn topology(
         }
     }
     Some(Topology {
+        mode: TopologyMode::Declare,
+        dead_letters: DeadLetters::Reject,
         queue: queue.value,
         queue_type: queue_type.value,
         delivery_limit: (queue_type.value == QueueType::Quorum).then_some(delivery_limit.value),

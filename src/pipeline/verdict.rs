@@ -68,6 +68,7 @@ impl Worker {
         self.verdict.settled.push(Settled {
             ticket: item.delivery.ticket,
             settlement,
+            parcel: None,
         });
         let Some(id) = item.id.filter(|_| item.owner) else {
             return;
