@@ -152,13 +152,15 @@ impl Worker {
                 Some(JournalEntry {
                     message_id: item.id.as_ref(),
                     fingerprint: item.fingerprint,
-                    reason,
+                    reason: Some(reason),
+                    retry_in: None,
                     failure,
                     attempt: if reason == DeadReason::Rejected {
                         item.attempt
                     } else {
                         0
                     },
+                    duration: None,
                     exchange: &item.delivery.message.exchange,
                     routing_key: &item.delivery.message.routing_key,
                 })
@@ -170,7 +172,7 @@ impl Worker {
             log::warn!(
                 consumer = self.shared.consumer.name.as_str(),
                 message_id = entry.message_id.map_or("", MessageId::as_str),
-                reason = entry.reason.as_str(),
+                reason = entry.reason.map_or("", DeadReason::as_str),
                 code = entry.failure.code.as_deref().unwrap_or("");
                 "dead-lettered"
             );
