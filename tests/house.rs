@@ -36,7 +36,12 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("ledger", &[]),
         ("handler", &[]),
     ],
-    &[("pipeline", &[]), ("inspect", &[]), ("pool", &["pipeline"])],
+    &[
+        ("pipeline", &[]),
+        ("inspect", &["prune"]),
+        ("pool", &["pipeline"]),
+        ("prune", &[]),
+    ],
     &[("daemon", &[])],
     &[("cli", &[])],
 ];

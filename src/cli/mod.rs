@@ -28,6 +28,8 @@ pub enum Exit {
     Unreachable,
     /// 71: the system does not give what a process needs.
     System,
+    /// 75: somebody else is at it: try again later.
+    TryAgain,
     /// 77: a server does not allow it.
     Denied,
     /// 78: the configuration, or what it describes, is not right.
@@ -44,6 +46,7 @@ impl From<Exit> for ExitCode {
             Exit::Usage => 2,
             Exit::Unreachable => 69,
             Exit::System => 71,
+            Exit::TryAgain => 75,
             Exit::Denied => 77,
             Exit::Config => 78,
             Exit::Interrupted => 130,
@@ -61,7 +64,8 @@ pub struct Cli {
 }
 
 const EXIT_STATUS: &str = "Exit status: 0 done, 1 done in part, 2 bad arguments, 69 a server \
-cannot be reached, 71 system error, 77 a server denies it, 78 bad configuration, 130 interrupted.";
+cannot be reached, 71 system error, 75 try again later, 77 a server denies it, 78 bad \
+configuration, 130 interrupted.";
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]

@@ -5,6 +5,7 @@
 //! and again after it lost its session; it never retries by itself.
 
 mod journal;
+pub mod prune;
 mod schema;
 mod suspect;
 
