@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ackonce::config::checked::{BindingArgument, Handler, Identity, QueueType};
 use ackonce::config::{self, Config, ConfigError, Problem, defaults, keys, to_toml};
+use ackonce::failure::Overrides;
 use tempfile::TempDir;
 
 mod display;
@@ -32,6 +33,10 @@ url = "postgres://h/d"
 name = "orders"
 
 [consumer.claim]
+
+[consumer.retry]
+
+[consumer.failures]
 
 [consumer.topology]
 
@@ -110,6 +115,9 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
     let idle = defaults::IDLE_IN_TRANSACTION_TIMEOUT.default;
     assert_eq!(postgres.idle_in_transaction_timeout, idle);
     assert_eq!(postgres.auto_migrate, defaults::AUTO_MIGRATE);
+    assert_eq!(config.ledger.retention, defaults::RETENTION.default);
+    assert_eq!(config.ledger.prune_every, defaults::PRUNE_EVERY.default);
+    assert_eq!(config.ledger.prune_batch, defaults::PRUNE_BATCH.default);
     assert_eq!(
         config.daemon.shutdown_timeout,
         defaults::SHUTDOWN_TIMEOUT.default
@@ -127,6 +135,13 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
     assert_eq!(consumer.max_body, defaults::MAX_BODY.default);
     assert_eq!(consumer.identity, defaults::IDENTITY);
     assert_eq!(consumer.confirm_duplicates, defaults::CONFIRM_DUPLICATES);
+    assert_eq!(consumer.max_deaths, defaults::MAX_DEATHS.default);
+    let retry = &consumer.retry;
+    assert_eq!(retry.max_attempts, defaults::MAX_ATTEMPTS.default);
+    assert_eq!(retry.backoff, defaults::RETRY_BACKOFF);
+    assert_eq!(retry.jitter_percent, defaults::RETRY_JITTER.default);
+    assert_eq!(retry.breaker, defaults::BREAKER.default);
+    assert_eq!(consumer.failures, Overrides::default());
     assert_eq!(consumer.claim.lease, defaults::LEASE.default);
     assert_eq!(consumer.claim.renew_every, defaults::RENEW_EVERY.default);
     assert_eq!(consumer.claim.done_ttl, defaults::DONE_TTL.default);
@@ -135,6 +150,11 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
         defaults::RECHECK_EVERY.default
     );
     let topology = &consumer.topology;
+    assert_eq!(topology.mode, defaults::TOPOLOGY_MODE);
+    assert_eq!(
+        topology.dead_letters,
+        defaults::dead_letters(defaults::TOPOLOGY_MODE, defaults::QUEUE_TYPE)
+    );
     assert_eq!(topology.queue, consumer.name);
     assert_eq!(topology.queue_type, defaults::QUEUE_TYPE);
     assert_eq!(
