@@ -44,7 +44,7 @@ pub(super) fn topology(
         .then(|text| one_of(&text, &QueueType::ALL, QueueType::as_str))
         .or(defaults::QUEUE_TYPE);
     let delivery_limit = delivery_limit(&section, mode.value, queue_type.value);
-    let dead_letters = dead_letters(&section, &mode, &queue_type);
+    let dead_letters = dead_letters(&section, mode.value, queue_type.value);
     let or_derived = |key: &'static str, suffix: &str| {
         let typed = section.text(key).then(check_declared_name);
         let Some(queue) = &queue else {
@@ -75,10 +75,10 @@ pub(super) fn topology(
 
     let (queue, exchange, dead) = (queue?, exchange?, dead?);
     let is_ours = mode.value != TopologyMode::None;
-    names.enter_queues(&section, &queue, &dead, is_ours.then_some(queue_type.value));
     if let Some(retry) = retry {
         enter_retry_queues(&section, &queue, retry, names);
     }
+    names.enter_queues(&section, &queue, &dead, is_ours.then_some(queue_type.value));
     if is_ours {
         names.enter_dead_letter_exchange(&section, &exchange, &dead);
         for (section, binding) in sections.iter().zip(&bindings) {
@@ -123,14 +123,14 @@ fn delivery_limit(section: &Section<'_>, mode: TopologyMode, queue_type: QueueTy
 
 fn dead_letters(
     section: &Section<'_>,
-    mode: &Field<TopologyMode>,
-    queue_type: &Field<QueueType>,
+    mode: TopologyMode,
+    queue_type: QueueType,
 ) -> Field<DeadLetters> {
     let dead_letters = section
         .text("dead_letters")
         .then(|text| one_of(&text, &DeadLetters::ALL, DeadLetters::as_str))
-        .or(defaults::dead_letters(mode.value, queue_type.value));
-    if mode.value == TopologyMode::None && dead_letters.value == DeadLetters::Reject {
+        .or(defaults::dead_letters(mode, queue_type));
+    if mode == TopologyMode::None && dead_letters.value == DeadLetters::Reject {
         section.reader.report(
             dead_letters.span,
             "`dead_letters` cannot be `reject` with mode = \"none\"",
