@@ -16,6 +16,7 @@ mod mistakes;
 mod properties;
 
 const SHIPPED: &str = include_str!("../../config.toml");
+const FAILURES_PAGE: &str = include_str!("../../docs/failures.md");
 
 /// A configuration with nothing but what must be there.
 const SMALLEST: &str = r#"[broker]
@@ -377,6 +378,18 @@ fn how_dead_letters_leave_follows_from_what_can_be_proved() {
         let line = format!("dead_letters = \"{}\"\n", dead_letters.as_str());
         assert!(printed.contains(&line), "{printed}");
     }
+}
+
+#[test]
+fn the_examples_on_the_page_about_failures_can_be_typed() {
+    let mut examples = 0;
+    for example in FAILURES_PAGE.split("```toml\n").skip(1) {
+        let (example, _) = example.split_once("```").expect("the end of the block");
+        let config = parse(&below("[consumer.claim]", example));
+        config.unwrap_or_else(|error| panic!("{error}"));
+        examples += 1;
+    }
+    assert_eq!(examples, 2);
 }
 
 #[test]
