@@ -84,6 +84,13 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+/// Whether `code` says that a transaction lost a race with another one, and
+/// would do well to run again at once: a serialization failure or a deadlock.
+#[must_use]
+pub fn is_race(code: &str) -> bool {
+    matches!(code, "40001" | "40P01")
+}
+
 /// The class of a PostgreSQL error, by its five-character SQLSTATE.
 ///
 /// Codes that are not in the table are permanent: the statement ran and the
