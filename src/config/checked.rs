@@ -5,6 +5,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use super::duration;
 use crate::failure::Overrides;
 
 /// A string that never shows in logs, errors or `Debug` output.
@@ -180,6 +181,34 @@ pub struct Retry {
     pub breaker: u32,
 }
 
+impl Retry {
+    /// The delays that can occur, each once, in the order in which they first
+    /// do: those of steps that `max_attempts` leaves out are not among them.
+    #[must_use]
+    pub fn delays(&self) -> Vec<Duration> {
+        let retries = usize::try_from(self.max_attempts.saturating_sub(1)).unwrap_or(usize::MAX);
+        let mut delays: Vec<Duration> = Vec::new();
+        for delay in self.backoff.iter().take(retries) {
+            if !delays.contains(delay) {
+                delays.push(*delay);
+            }
+        }
+        delays
+    }
+
+    /// How long one message can wait for all its retries together.
+    #[must_use]
+    pub fn longest_wait(&self) -> Duration {
+        let retries = self.max_attempts.saturating_sub(1);
+        let steps = self.backoff.iter().take(retries as usize);
+        let beyond = retries.saturating_sub(self.backoff.len() as u32);
+        let last = self.backoff.last().copied().unwrap_or_default();
+        steps
+            .fold(Duration::ZERO, |sum, delay| sum.saturating_add(*delay))
+            .saturating_add(last.saturating_mul(beyond))
+    }
+}
+
 /// `[consumer.claim]`: the lease on a message id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
@@ -205,7 +234,8 @@ pub struct Topology {
     /// Queue type of work and dead-letter queue.
     pub queue_type: QueueType,
     /// `x-delivery-limit` of a quorum work queue: the broker dead-letters a
-    /// message that came back more often. `None`: the broker's own default.
+    /// message that came back more often. `None`: the queue is classic, or not
+    /// of our making.
     pub delivery_limit: Option<u32>,
     /// Fanout exchange the work queue dead-letters to.
     pub dead_letter_exchange: String,
@@ -213,6 +243,19 @@ pub struct Topology {
     pub dead_letter_queue: String,
     /// What feeds the work queue beside the default exchange.
     pub bindings: Vec<Binding>,
+}
+
+impl Topology {
+    /// The queue in which messages wait `delay` for their retry. Its name holds
+    /// the work queue's, so that no two consumers share it.
+    #[must_use]
+    pub fn retry_queue(&self, delay: Duration) -> String {
+        retry_queue(&self.queue, delay)
+    }
+}
+
+pub(super) fn retry_queue(queue: &str, delay: Duration) -> String {
+    format!("{queue}.retry.{}", duration::format(delay))
 }
 
 /// What the daemon does about queues, exchanges and bindings.
@@ -226,6 +269,21 @@ pub enum TopologyMode {
     None,
 }
 
+impl TopologyMode {
+    /// All there are.
+    pub(super) const ALL: [Self; 3] = [Self::Declare, Self::Verify, Self::None];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Declare => "declare",
+            Self::Verify => "verify",
+            Self::None => "none",
+        }
+    }
+}
+
 /// How a dead letter gets from the work queue to the dead-letter queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeadLetters {
@@ -236,6 +294,20 @@ pub enum DeadLetters {
     Publish,
 }
 
+impl DeadLetters {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Reject, Self::Publish];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Reject => "reject",
+            Self::Publish => "publish",
+        }
+    }
+}
+
 /// RabbitMQ queue types.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QueueType {
@@ -244,6 +316,20 @@ pub enum QueueType {
     /// One node, at-most-once dead-lettering: a dead letter can be lost when
     /// the broker stops at the wrong moment.
     Classic,
+}
+
+impl QueueType {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Quorum, Self::Classic];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Quorum => "quorum",
+            Self::Classic => "classic",
+        }
+    }
 }
 
 /// One `[[consumer.topology.binding]]`.
@@ -270,6 +356,22 @@ pub enum ExchangeType {
     Topic,
     /// Headers matched against the binding's arguments.
     Headers,
+}
+
+impl ExchangeType {
+    /// All there are.
+    pub(super) const ALL: [Self; 4] = [Self::Direct, Self::Fanout, Self::Topic, Self::Headers];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Fanout => "fanout",
+            Self::Topic => "topic",
+            Self::Headers => "headers",
+        }
+    }
 }
 
 /// Value of a binding argument.

@@ -1,17 +1,18 @@
 //! `[[consumer]]` with its claim, handler and identity.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use super::checked::{Claim, Consumer, Handler, Identity, Retry, SqlHandler};
+use super::checked::{Claim, Consumer, Handler, Identity, SqlHandler};
 use super::error::{Complaint, shown};
+use super::names::Names;
 use super::reader::{Field, Section, compare};
 use super::source::Span;
-use super::topology::{self, Names};
-use super::{defaults, duration, files, keys};
-use crate::failure::Overrides;
+use super::{defaults, duration, files, keys, retry, topology};
 
-/// Every consumer that could be read whole; the rest is reported.
-pub(super) fn consumers(root: &Section<'_>) -> Vec<Consumer> {
+/// Every consumer that could be read whole; the rest is reported. No consumer
+/// may keep a message waiting for longer than `retention`.
+pub(super) fn consumers(root: &Section<'_>, retention: &Field<Duration>) -> Vec<Consumer> {
     let sections = root.sections("consumer", &keys::CONSUMER);
     if sections.is_empty() {
         root.reader.report(
@@ -24,12 +25,13 @@ pub(super) fn consumers(root: &Section<'_>) -> Vec<Consumer> {
     let mut names = Names::default();
     sections
         .iter()
-        .filter_map(|section| consumer(section, &mut seen, &mut names))
+        .filter_map(|section| consumer(section, retention, &mut seen, &mut names))
         .collect()
 }
 
 fn consumer(
     section: &Section<'_>,
+    retention: &Field<Duration>,
     seen: &mut BTreeMap<String, Span>,
     names: &mut Names,
 ) -> Option<Consumer> {
@@ -61,8 +63,11 @@ fn consumer(
         .then(|text| parse_identity(&text))
         .or(defaults::IDENTITY);
     let confirm_duplicates = section.boolean("confirm_duplicates", defaults::CONFIRM_DUPLICATES);
+    let max_deaths = section.integer("max_deaths", &defaults::MAX_DEATHS);
+    let retry = retry::retry(section, retention);
+    let failures = retry::failures(section);
     let claim = claim(section);
-    let topology = topology::topology(section, name.as_ref(), names);
+    let topology = topology::topology(section, name.as_ref(), retry.as_ref(), names);
     let handler = handler(section);
     Some(Consumer {
         name: name?.value,
@@ -72,14 +77,9 @@ fn consumer(
         max_body: max_body.value,
         identity: identity.value,
         confirm_duplicates: confirm_duplicates.value,
-        max_deaths: defaults::MAX_DEATHS.default,
-        retry: Retry {
-            max_attempts: defaults::MAX_ATTEMPTS.default,
-            backoff: defaults::RETRY_BACKOFF.to_vec(),
-            jitter_percent: defaults::RETRY_JITTER.default,
-            breaker: defaults::BREAKER.default,
-        },
-        failures: Overrides::default(),
+        max_deaths: max_deaths.value,
+        retry: retry?,
+        failures,
         claim,
         topology: topology?,
         handler: handler?,

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::checked::{Identity, QueueType};
+use super::checked::{DeadLetters, Identity, QueueType, TopologyMode};
 
 /// What a number or a duration is when nothing is said, and the least and most
 /// it may be.
@@ -101,10 +101,13 @@ pub const RETRY_BACKOFF: [Duration; 4] = [ms(SECOND), ms(10 * SECOND), ms(MINUTE
 pub const RETRY_DELAY: Setting<Duration> = setting(ms(SECOND), ms(10), ms(7 * DAY));
 /// Most steps in `[consumer.retry] backoff`.
 pub const RETRY_STEPS_MAX: usize = 16;
-/// `[consumer.retry] jitter`, percent.
+/// `[consumer.retry] jitter_percent`
 pub const RETRY_JITTER: Setting<u8> = setting(10, 0, 100);
 /// `[consumer.retry] breaker`
 pub const BREAKER: Setting<u32> = setting(100, 0, 1_000_000);
+
+/// Most codes in each list of `[consumer.failures]`.
+pub const FAILURE_CODES_MAX: usize = 256;
 
 /// `[consumer.claim] lease`
 pub const LEASE: Setting<Duration> = setting(ms(5 * SECOND), ms(200), ms(HOUR));
@@ -115,10 +118,22 @@ pub const DONE_TTL: Setting<Duration> = setting(ms(DAY), ms(SECOND), ms(365 * DA
 /// `[consumer.claim] recheck_every`
 pub const RECHECK_EVERY: Setting<Duration> = setting(ms(500), ms(10), ms(MINUTE));
 
+/// `[consumer.topology] mode`
+pub const TOPOLOGY_MODE: TopologyMode = TopologyMode::Declare;
 /// `[consumer.topology] queue_type`
 pub const QUEUE_TYPE: QueueType = QueueType::Quorum;
 /// `[consumer.topology] delivery_limit` of a quorum queue, deliveries.
 pub const DELIVERY_LIMIT: Setting<u32> = setting(100, 1, 1_000_000);
+/// `[consumer.topology] dead_letters`: rejecting is left to the broker where it
+/// can be proved not to lose the message. A classic queue moves a dead letter
+/// at most once; about a queue that nobody compares nothing is known.
+#[must_use]
+pub fn dead_letters(mode: TopologyMode, queue_type: QueueType) -> DeadLetters {
+    match (mode, queue_type) {
+        (TopologyMode::Declare | TopologyMode::Verify, QueueType::Quorum) => DeadLetters::Reject,
+        (TopologyMode::None, _) | (_, QueueType::Classic) => DeadLetters::Publish,
+    }
+}
 /// Appended to the queue's name for `dead_letter_exchange`.
 pub const DEAD_LETTER_EXCHANGE_SUFFIX: &str = ".dlx";
 /// Appended to the queue's name for `dead_letter_queue`.

@@ -24,7 +24,9 @@ impl Keys {
 /// The sections of the file.
 pub const ROOT: Keys = Keys {
     title: "the top level",
-    keys: &["broker", "redis", "postgres", "daemon", "consumer"],
+    keys: &[
+        "broker", "redis", "postgres", "ledger", "daemon", "consumer",
+    ],
 };
 /// `[broker]`
 pub const BROKER: Keys = Keys {
@@ -56,6 +58,11 @@ pub const POSTGRES: Keys = Keys {
         "auto_migrate",
     ],
 };
+/// `[ledger]`
+pub const LEDGER: Keys = Keys {
+    title: "[ledger]",
+    keys: &["retention", "prune_every", "prune_batch"],
+};
 /// `[daemon]`
 pub const DAEMON: Keys = Keys {
     title: "[daemon]",
@@ -72,10 +79,23 @@ pub const CONSUMER: Keys = Keys {
         "max_body",
         "identity",
         "confirm_duplicates",
+        "max_deaths",
+        "retry",
+        "failures",
         "claim",
         "topology",
         "handler",
     ],
+};
+/// `[consumer.retry]`
+pub const RETRY: Keys = Keys {
+    title: "[consumer.retry]",
+    keys: &["max_attempts", "backoff", "jitter_percent", "breaker"],
+};
+/// `[consumer.failures]`
+pub const FAILURES: Keys = Keys {
+    title: "[consumer.failures]",
+    keys: &["transient", "permanent", "systemic"],
 };
 /// `[consumer.claim]`
 pub const CLAIM: Keys = Keys {
@@ -86,9 +106,11 @@ pub const CLAIM: Keys = Keys {
 pub const TOPOLOGY: Keys = Keys {
     title: "[consumer.topology]",
     keys: &[
+        "mode",
         "queue",
         "queue_type",
         "delivery_limit",
+        "dead_letters",
         "dead_letter_exchange",
         "dead_letter_queue",
         "binding",
@@ -106,8 +128,9 @@ pub const HANDLER: Keys = Keys {
 };
 
 /// Every section.
-pub const ALL: [&Keys; 10] = [
-    &ROOT, &BROKER, &REDIS, &POSTGRES, &DAEMON, &CONSUMER, &CLAIM, &TOPOLOGY, &BINDING, &HANDLER,
+pub const ALL: [&Keys; 13] = [
+    &ROOT, &BROKER, &REDIS, &POSTGRES, &LEDGER, &DAEMON, &CONSUMER, &RETRY, &FAILURES, &CLAIM,
+    &TOPOLOGY, &BINDING, &HANDLER,
 ];
 
 /// A hint for `unknown` in `section`: a name like it, else the section it

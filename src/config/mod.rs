@@ -13,8 +13,10 @@ mod duration;
 mod error;
 mod files;
 mod interpolate;
+mod names;
 mod print;
 mod reader;
+mod retry;
 mod servers;
 mod size;
 mod source;
@@ -83,17 +85,14 @@ fn read(reader: &Reader<'_>, table: &DeTable<'_>) -> Option<Config> {
     let broker = servers::broker(&root);
     let redis = servers::redis(&root);
     let postgres = servers::postgres(&root);
+    let (ledger, retention) = servers::ledger(&root);
     let daemon = servers::daemon(&root);
-    let consumers = consumer::consumers(&root);
+    let consumers = consumer::consumers(&root, &retention);
     Some(Config {
         broker: broker?,
         redis: redis?,
         postgres: postgres?,
-        ledger: checked::Ledger {
-            retention: defaults::RETENTION.default,
-            prune_every: defaults::PRUNE_EVERY.default,
-            prune_batch: defaults::PRUNE_BATCH.default,
-        },
+        ledger,
         daemon,
         consumers,
     })

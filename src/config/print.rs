@@ -6,12 +6,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::checked::{
-    Binding, BindingArgument, Config, Consumer, Handler, Identity, QueueType, Secret,
+    Binding, BindingArgument, Config, Consumer, Handler, Identity, Secret, Topology,
 };
 use super::consumer::INLINE;
 use super::source::REDACTED;
-use super::topology::exchange_type_name;
 use super::{duration, interpolate, size};
+use crate::failure::Class;
 
 /// The configuration as it will be used. With `show_secrets`, reading it back
 /// gives the same configuration; otherwise each URL is `"<redacted>"`.
@@ -64,6 +64,11 @@ impl Writer {
         );
         self.plain("auto_migrate", postgres.auto_migrate);
 
+        self.header("[ledger]");
+        self.duration("retention", config.ledger.retention);
+        self.duration("prune_every", config.ledger.prune_every);
+        self.plain("prune_batch", config.ledger.prune_batch);
+
         self.header("[daemon]");
         self.duration("shutdown_timeout", config.daemon.shutdown_timeout);
         self.duration("reconnect_min", config.daemon.reconnect_min);
@@ -85,6 +90,24 @@ impl Writer {
         };
         self.string("identity", &identity);
         self.plain("confirm_duplicates", consumer.confirm_duplicates);
+        self.plain("max_deaths", consumer.max_deaths);
+
+        let retry = &consumer.retry;
+        self.header("[consumer.retry]");
+        self.plain("max_attempts", retry.max_attempts);
+        self.list(
+            "backoff",
+            retry.backoff.iter().copied().map(duration::format),
+        );
+        self.plain("jitter_percent", retry.jitter_percent);
+        self.plain("breaker", retry.breaker);
+
+        self.header("[consumer.failures]");
+        for class in [Class::Transient, Class::Permanent, Class::Systemic] {
+            let codes = consumer.failures.0.iter();
+            let codes = codes.filter(|(_, own)| *own == class);
+            self.list(class.as_str(), codes.map(|(code, _)| code.clone()));
+        }
 
         self.header("[consumer.claim]");
         self.duration("lease", consumer.claim.lease);
@@ -92,22 +115,7 @@ impl Writer {
         self.duration("done_ttl", consumer.claim.done_ttl);
         self.duration("recheck_every", consumer.claim.recheck_every);
 
-        let topology = &consumer.topology;
-        self.header("[consumer.topology]");
-        self.string("queue", &topology.queue);
-        let queue_type = match topology.queue_type {
-            QueueType::Quorum => "quorum",
-            QueueType::Classic => "classic",
-        };
-        self.string("queue_type", queue_type);
-        if let Some(limit) = topology.delivery_limit {
-            self.plain("delivery_limit", limit);
-        }
-        self.string("dead_letter_exchange", &topology.dead_letter_exchange);
-        self.string("dead_letter_queue", &topology.dead_letter_queue);
-        for binding in &topology.bindings {
-            self.binding(binding);
-        }
+        self.topology(&consumer.topology);
 
         self.header("[consumer.handler]");
         let Handler::Sql(handler) = &consumer.handler;
@@ -119,10 +127,26 @@ impl Writer {
         }
     }
 
+    fn topology(&mut self, topology: &Topology) {
+        self.header("[consumer.topology]");
+        self.string("mode", topology.mode.as_str());
+        self.string("queue", &topology.queue);
+        self.string("queue_type", topology.queue_type.as_str());
+        if let Some(limit) = topology.delivery_limit {
+            self.plain("delivery_limit", limit);
+        }
+        self.string("dead_letters", topology.dead_letters.as_str());
+        self.string("dead_letter_exchange", &topology.dead_letter_exchange);
+        self.string("dead_letter_queue", &topology.dead_letter_queue);
+        for binding in &topology.bindings {
+            self.binding(binding);
+        }
+    }
+
     fn binding(&mut self, binding: &Binding) {
         self.header("[[consumer.topology.binding]]");
         self.string("exchange", &binding.exchange);
-        self.string("exchange_type", exchange_type_name(binding.exchange_type));
+        self.string("exchange_type", binding.exchange_type.as_str());
         self.string("routing_key", &binding.routing_key);
         if binding.arguments.is_empty() {
             return;
@@ -157,6 +181,13 @@ impl Writer {
 
     fn string(&mut self, key: &str, value: &str) {
         self.plain(key, quoted(&interpolate::escape(value)));
+    }
+
+    fn list(&mut self, key: &str, values: impl Iterator<Item = String>) {
+        let values: Vec<String> = values
+            .map(|value| quoted(&interpolate::escape(&value)))
+            .collect();
+        self.plain(key, format_args!("[{}]", values.join(", ")));
     }
 
     fn path(&mut self, key: &str, value: &Path) {

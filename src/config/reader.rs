@@ -225,6 +225,43 @@ impl<'r> Section<'r> {
         })
     }
 
+    /// A list of strings, each turned into what it means; what is wrong with
+    /// one is reported where it stands.
+    pub(super) fn list<T>(
+        &self,
+        key: &'static str,
+        example: &str,
+        check: impl Fn(&str) -> Result<T, Complaint>,
+    ) -> Found<'r, Vec<(T, Span)>> {
+        let hint = format!("write it like {key} = {example}");
+        let item = |value: &Spanned<DeValue<'_>>| {
+            let span = value.span().into();
+            let DeValue::String(text) = value.get_ref() else {
+                self.wrong_type(key, span, "a list of strings", value.get_ref(), &hint);
+                return None;
+            };
+            match check(&self.expand(key, text, span)?) {
+                Ok(item) => Some((item, span)),
+                Err(complaint) => {
+                    let message = format!("`{key}` {}", complaint.message);
+                    self.reader.report(span, message, complaint.hint);
+                    None
+                }
+            }
+        };
+        self.find(key, |value, span| match value {
+            DeValue::Array(items) => {
+                // To the end, so that every wrong one is reported.
+                let items: Vec<_> = items.iter().map(item).collect();
+                items.into_iter().collect()
+            }
+            other => {
+                self.wrong_type(key, span, "a list of strings", other, &hint);
+                None
+            }
+        })
+    }
+
     /// Expands the variables of one string value.
     pub(super) fn expand(&self, key: &str, text: &str, span: Span) -> Option<String> {
         let faults = match interpolate::expand(text, self.reader.env) {
@@ -393,7 +430,8 @@ impl<'r> Section<'r> {
     }
 }
 
-fn in_range<T: PartialOrd + Copy>(
+/// `value`, or why it is not within its bounds.
+pub(super) fn in_range<T: PartialOrd + Copy>(
     value: T,
     setting: &Setting<T>,
     format: impl Fn(T) -> String,

@@ -1,10 +1,11 @@
-//! `[broker]`, `[redis]`, `[postgres]` and `[daemon]`.
+//! `[broker]`, `[redis]`, `[postgres]`, `[ledger]` and `[daemon]`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use super::checked::{Broker, Daemon, Postgres, Redis, Secret};
+use super::checked::{Broker, Daemon, Ledger, Postgres, Redis, Secret};
 use super::error::Complaint;
-use super::reader::{Section, compare};
+use super::reader::{Field, Section, compare};
 use super::{defaults, duration, files, keys, urls};
 
 /// `None` where something is wrong, which is reported.
@@ -126,6 +127,21 @@ pub(super) fn postgres(root: &Section<'_>) -> Option<Postgres> {
         idle_in_transaction_timeout: idle.value,
         auto_migrate: auto_migrate.value,
     })
+}
+
+/// Also gives the retention as it was typed, to be compared with what the
+/// consumers ask for.
+pub(super) fn ledger(root: &Section<'_>) -> (Ledger, Field<Duration>) {
+    let section = root.section("ledger", &keys::LEDGER);
+    let retention = section.duration("retention", &defaults::RETENTION);
+    let prune_every = section.duration("prune_every", &defaults::PRUNE_EVERY);
+    let prune_batch = section.integer("prune_batch", &defaults::PRUNE_BATCH);
+    let ledger = Ledger {
+        retention: retention.value,
+        prune_every: prune_every.value,
+        prune_batch: prune_batch.value,
+    };
+    (ledger, retention)
 }
 
 pub(super) fn daemon(root: &Section<'_>) -> Daemon {

@@ -1,14 +1,13 @@
-//! `[consumer.topology]` and its bindings, and whether the consumers ask for
-//! things that cannot all exist on one broker.
-
-use std::collections::BTreeMap;
+//! `[consumer.topology]` and its bindings.
 
 use toml::de::DeValue;
 
 use super::checked::{
-    Binding, BindingArgument, DeadLetters, ExchangeType, QueueType, Topology, TopologyMode,
+    Binding, BindingArgument, DeadLetters, ExchangeType, QueueType, Retry, Topology, TopologyMode,
+    retry_queue,
 };
 use super::error::{Complaint, shown};
+use super::names::Names;
 use super::reader::{Field, Section};
 use super::source::Span;
 use super::{defaults, keys};
@@ -27,9 +26,14 @@ const BUILT_IN_EXCHANGES: [(&str, ExchangeType); 5] = [
 pub(super) fn topology(
     consumer: &Section<'_>,
     name: Option<&Field<String>>,
+    retry: Option<&Retry>,
     names: &mut Names,
 ) -> Option<Topology> {
     let section = consumer.section("topology", &keys::TOPOLOGY);
+    let mode = section
+        .text("mode")
+        .then(|text| one_of(&text, &TopologyMode::ALL, TopologyMode::as_str))
+        .or(defaults::TOPOLOGY_MODE);
     let typed_queue = section.text("queue").then(check_declared_name);
     let queue = match name {
         Some(name) => Some(typed_queue.or(name.value.clone())).filter(Field::is_sound),
@@ -37,16 +41,10 @@ pub(super) fn topology(
     };
     let queue_type = section
         .text("queue_type")
-        .then(|text| one_of(&text, &QUEUE_TYPES))
+        .then(|text| one_of(&text, &QueueType::ALL, QueueType::as_str))
         .or(defaults::QUEUE_TYPE);
-    let delivery_limit = section.integer("delivery_limit", &defaults::DELIVERY_LIMIT);
-    if queue_type.value == QueueType::Classic && section.has("delivery_limit") {
-        section.reader.report(
-            delivery_limit.span,
-            "`delivery_limit` is given for a classic queue",
-            "only quorum queues count deliveries: leave it out, or set queue_type = \"quorum\"",
-        );
-    }
+    let delivery_limit = delivery_limit(&section, mode.value, queue_type.value);
+    let dead_letters = dead_letters(&section, mode.value, queue_type.value);
     let or_derived = |key: &'static str, suffix: &str| {
         let typed = section.text(key).then(check_declared_name);
         let Some(queue) = &queue else {
@@ -67,46 +65,118 @@ pub(super) fn topology(
     let dead = or_derived("dead_letter_queue", defaults::DEAD_LETTER_QUEUE_SUFFIX);
     let sections = section.sections("binding", &keys::BINDING);
     let bindings: Vec<_> = sections.iter().map(binding).collect();
+    if mode.value == TopologyMode::None && !sections.is_empty() {
+        section.reader.report(
+            section.span_of("binding"),
+            "bindings are given, but mode = \"none\" makes none",
+            "leave them out, or set mode = \"declare\" or \"verify\"",
+        );
+    }
 
     let (queue, exchange, dead) = (queue?, exchange?, dead?);
-    names.enter_queues(&section, &queue, &dead, queue_type.value);
-    names.enter_dead_letter_exchange(&section, &exchange, &dead);
-    for (section, binding) in sections.iter().zip(&bindings) {
-        if let Some(binding) = binding {
-            names.enter_binding(section, binding, &exchange);
+    let is_ours = mode.value != TopologyMode::None;
+    if let Some(retry) = retry {
+        enter_retry_queues(&section, &queue, retry, names);
+    }
+    names.enter_queues(&section, &queue, &dead, is_ours.then_some(queue_type.value));
+    if is_ours {
+        names.enter_dead_letter_exchange(&section, &exchange, &dead);
+        for (section, binding) in sections.iter().zip(&bindings) {
+            if let Some(binding) = binding {
+                names.enter_binding(section, binding, &exchange);
+            }
         }
     }
     Some(Topology {
-        mode: TopologyMode::Declare,
-        dead_letters: DeadLetters::Reject,
+        mode: mode.value,
+        dead_letters: dead_letters.value,
         queue: queue.value,
         queue_type: queue_type.value,
-        delivery_limit: (queue_type.value == QueueType::Quorum).then_some(delivery_limit.value),
+        delivery_limit,
         dead_letter_exchange: exchange.value,
         dead_letter_queue: dead.value,
         bindings: bindings.into_iter().collect::<Option<Vec<_>>>()?,
     })
 }
 
-/// Names of queue types, as typed and printed.
-pub(super) const QUEUE_TYPES: [(&str, QueueType); 2] = [
-    ("quorum", QueueType::Quorum),
-    ("classic", QueueType::Classic),
-];
-
-/// Names of exchange types, as typed and printed.
-pub(super) const EXCHANGE_TYPES: [(&str, ExchangeType); 4] = [
-    ("direct", ExchangeType::Direct),
-    ("fanout", ExchangeType::Fanout),
-    ("topic", ExchangeType::Topic),
-    ("headers", ExchangeType::Headers),
-];
-
-fn one_of<T: Copy>(text: &str, choices: &[(&'static str, T)]) -> Result<T, Complaint> {
-    if let Some((_, value)) = choices.iter().find(|(name, _)| *name == text) {
-        return Ok(*value);
+/// `None` where the daemon makes no queue that has one.
+fn delivery_limit(section: &Section<'_>, mode: TopologyMode, queue_type: QueueType) -> Option<u32> {
+    let limit = section.integer("delivery_limit", &defaults::DELIVERY_LIMIT);
+    let (message, hint) = match (mode, queue_type) {
+        (TopologyMode::Declare | TopologyMode::Verify, QueueType::Quorum) => {
+            return Some(limit.value);
+        }
+        (_, QueueType::Classic) => (
+            "`delivery_limit` is given for a classic queue",
+            "only quorum queues count deliveries: leave it out, or set queue_type = \"quorum\"",
+        ),
+        (TopologyMode::None, QueueType::Quorum) => (
+            "`delivery_limit` is given, but mode = \"none\" leaves the queue as it is",
+            "leave it out, or set mode = \"declare\" or \"verify\"",
+        ),
+    };
+    if section.has("delivery_limit") {
+        section.reader.report(limit.span, message, hint);
     }
-    let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+    None
+}
+
+fn dead_letters(
+    section: &Section<'_>,
+    mode: TopologyMode,
+    queue_type: QueueType,
+) -> Field<DeadLetters> {
+    let dead_letters = section
+        .text("dead_letters")
+        .then(|text| one_of(&text, &DeadLetters::ALL, DeadLetters::as_str))
+        .or(defaults::dead_letters(mode, queue_type));
+    if mode == TopologyMode::None && dead_letters.value == DeadLetters::Reject {
+        section.reader.report(
+            dead_letters.span,
+            "`dead_letters` cannot be `reject` with mode = \"none\"",
+            "it cannot be proved that a rejected message has somewhere to go: set \
+             dead_letters = \"publish\", or mode = \"verify\"",
+        );
+    }
+    dead_letters
+}
+
+fn enter_retry_queues(
+    section: &Section<'_>,
+    queue: &Field<String>,
+    retry: &Retry,
+    names: &mut Names,
+) {
+    let queues: Vec<String> = retry
+        .delays()
+        .into_iter()
+        .map(|delay| retry_queue(&queue.value, delay))
+        .collect();
+    let longest = queues.iter().max_by_key(|name| name.len());
+    if let Some(longest) = longest.filter(|name| name.len() > defaults::AMQP_NAME_MAX) {
+        let suffix = &longest[queue.value.len()..];
+        let room = defaults::AMQP_NAME_MAX - suffix.len();
+        section.reader.report(
+            queue.span,
+            format!(
+                "the name of a retry queue, {} after the queue's name, is too long",
+                shown(suffix)
+            ),
+            format!("give a `queue` of at most {room} bytes"),
+        );
+        return;
+    }
+    for name in queues {
+        names.enter_retry_queue(section, name, queue.span);
+    }
+}
+
+/// The one of `choices` that is called `text`.
+fn one_of<T: Copy>(text: &str, choices: &[T], name: fn(T) -> &'static str) -> Result<T, Complaint> {
+    if let Some(choice) = choices.iter().find(|choice| name(**choice) == text) {
+        return Ok(*choice);
+    }
+    let names: Vec<&str> = choices.iter().map(|choice| name(*choice)).collect();
     let hint = match keys::nearest(text, &names) {
         Some(near) => format!("did you mean `{near}`? allowed: {}", names.join(", ")),
         None => format!("allowed: {}", names.join(", ")),
@@ -147,7 +217,7 @@ fn binding(section: &Section<'_>) -> Option<Binding> {
         .required("add exchange = \"…\", the exchange that feeds the queue");
     let exchange_type = section
         .text("exchange_type")
-        .then(|text| one_of(&text, &EXCHANGE_TYPES))
+        .then(|text| one_of(&text, &ExchangeType::ALL, ExchangeType::as_str))
         .required("add exchange_type: direct, fanout, topic or headers");
     if let (Some(exchange), Some(kind)) = (&exchange, &exchange_type) {
         check_built_in(section, exchange, kind.value);
@@ -191,7 +261,7 @@ fn check_built_in(section: &Section<'_>, exchange: &Field<String>, kind: Exchang
         Some((name, own)) => section.reader.report(
             section.span_of("exchange_type"),
             format!("`exchange_type` is not that of {}", shown(name)),
-            format!("set exchange_type = \"{}\"", exchange_type_name(*own)),
+            format!("set exchange_type = \"{}\"", own.as_str()),
         ),
         None => section.reader.report(
             exchange.span,
@@ -271,160 +341,4 @@ fn argument(
         return None;
     }
     Some(argument)
-}
-
-pub(super) fn exchange_type_name(kind: ExchangeType) -> &'static str {
-    match kind {
-        ExchangeType::Direct => "direct",
-        ExchangeType::Fanout => "fanout",
-        ExchangeType::Topic => "topic",
-        ExchangeType::Headers => "headers",
-    }
-}
-
-/// The queues and exchanges that the consumers read so far ask for.
-#[derive(Default)]
-pub(super) struct Names {
-    queues: BTreeMap<String, (Role, Span)>,
-    exchanges: BTreeMap<String, (ExchangeType, Span)>,
-    dead_letter_queues: BTreeMap<String, (String, Span)>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Role {
-    Work,
-    DeadLetter(QueueType),
-}
-
-impl Names {
-    fn enter_queues(
-        &mut self,
-        section: &Section<'_>,
-        queue: &Field<String>,
-        dead: &Field<String>,
-        queue_type: QueueType,
-    ) {
-        if queue.value == dead.value {
-            section.reader.report(
-                dead.blame(queue),
-                format!(
-                    "`dead_letter_queue` is the work queue {}",
-                    shown(&queue.value)
-                ),
-                "dead letters would be consumed again for ever: choose another name",
-            );
-            return;
-        }
-        let pairs = [(queue, Role::Work), (dead, Role::DeadLetter(queue_type))];
-        for (field, role) in pairs {
-            let Some((taken, first)) = self.queues.get(&field.value) else {
-                self.queues.insert(field.value.clone(), (role, field.span));
-                continue;
-            };
-            let complaint = match (*taken, role) {
-                (Role::Work, Role::Work) => (
-                    "already consumed by the consumer of",
-                    "two consumers on one queue would \
-                      share its messages at random: give each its own queue",
-                ),
-                (Role::DeadLetter(a), Role::DeadLetter(b)) if a == b => continue,
-                (Role::DeadLetter(_), Role::DeadLetter(_)) => (
-                    "a dead-letter queue of another queue_type on",
-                    "one queue has one type: \
-                      use the same queue_type, or give each its own dead_letter_queue",
-                ),
-                _ => (
-                    "both a work queue and a dead-letter queue: see",
-                    "a dead-letter queue is \
-                       declared otherwise than a work queue: choose another name",
-                ),
-            };
-            let line = section.reader.source.line_number(first.start);
-            section.reader.report(
-                field.span,
-                format!(
-                    "queue {} is {} line {line}",
-                    shown(&field.value),
-                    complaint.0
-                ),
-                complaint.1,
-            );
-        }
-    }
-
-    fn enter_dead_letter_exchange(
-        &mut self,
-        section: &Section<'_>,
-        exchange: &Field<String>,
-        dead: &Field<String>,
-    ) {
-        self.enter_exchange(
-            section,
-            (&exchange.value, exchange.span),
-            ExchangeType::Fanout,
-        );
-        match self.dead_letter_queues.get(&exchange.value) {
-            Some((queue, first)) if *queue != dead.value => {
-                let line = section.reader.source.line_number(first.start);
-                section.reader.report(
-                    exchange.span,
-                    format!(
-                        "exchange {} feeds another dead-letter queue on line {line}",
-                        shown(&exchange.value)
-                    ),
-                    "each dead letter would land in both queues: share the \
-                     `dead_letter_queue` too, or give each its own `dead_letter_exchange`",
-                );
-            }
-            _ => {
-                let entry = (dead.value.clone(), exchange.span);
-                self.dead_letter_queues
-                    .insert(exchange.value.clone(), entry);
-            }
-        }
-    }
-
-    fn enter_binding(
-        &mut self,
-        section: &Section<'_>,
-        binding: &Binding,
-        dead_letter_exchange: &Field<String>,
-    ) {
-        let span = section.span_of("exchange");
-        if binding.exchange == dead_letter_exchange.value {
-            section.reader.report(
-                span,
-                "`exchange` is the consumer's own dead-letter exchange",
-                "dead letters would be consumed again for ever: bind another exchange",
-            );
-            return;
-        }
-        self.enter_exchange(section, (&binding.exchange, span), binding.exchange_type);
-    }
-
-    fn enter_exchange(
-        &mut self,
-        section: &Section<'_>,
-        (name, span): (&str, Span),
-        kind: ExchangeType,
-    ) {
-        match self.exchanges.get(name) {
-            Some((other, first)) if *other != kind => {
-                let line = section.reader.source.line_number(first.start);
-                section.reader.report(
-                    span,
-                    format!(
-                        "exchange {} is {} here and {} on line {line}",
-                        shown(name),
-                        exchange_type_name(kind),
-                        exchange_type_name(*other)
-                    ),
-                    "one exchange has one type (a dead-letter exchange is a fanout)",
-                );
-            }
-            _ => {
-                self.exchanges.insert(name.to_owned(), (kind, span));
-            }
-        }
-    }
 }

@@ -59,8 +59,8 @@ pub struct Consumer {
 }
 
 impl Consumer {
-    /// A consumer whose queue is called like itself, with short leases and the
-    /// handler [`super::RECORD_EFFECT`].
+    /// A consumer whose queue is called like itself, with short leases and
+    /// retries, and the handler [`super::RECORD_EFFECT`].
     pub fn new(name: &str) -> Self {
         Self {
             table: Table::new(),
@@ -71,6 +71,7 @@ impl Consumer {
         .set("claim.renew_every", "500ms")
         .set("claim.done_ttl", "1h")
         .set("claim.recheck_every", "50ms")
+        .backoff(&["100ms", "1s"])
         .sql(super::RECORD_EFFECT)
     }
 
@@ -90,6 +91,25 @@ impl Consumer {
     #[must_use]
     pub fn sql(self, text: &str) -> Self {
         self.set("handler.type", "sql").set("handler.sql", text)
+    }
+
+    /// Attempts before a message is dead-lettered.
+    #[must_use]
+    pub fn max_attempts(self, attempts: u32) -> Self {
+        self.set("retry.max_attempts", attempts)
+    }
+
+    /// The delays between attempts, exactly: without jitter.
+    #[must_use]
+    pub fn backoff(self, delays: &[&str]) -> Self {
+        self.set("retry.backoff", delays.to_vec())
+            .set("retry.jitter_percent", 0)
+    }
+
+    /// The class, such as `permanent`, of failures with one of `codes`.
+    #[must_use]
+    pub fn failures(self, class: &str, codes: &[&str]) -> Self {
+        self.set(&format!("failures.{class}"), codes.to_vec())
     }
 
     /// Feeds the queue from `exchange` too.

@@ -6,8 +6,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use ackonce::config::checked::{BindingArgument, Handler, Identity, QueueType};
+use ackonce::config::checked::{BindingArgument, DeadLetters, Handler, Identity, QueueType};
 use ackonce::config::{self, Config, ConfigError, Problem, defaults, keys, to_toml};
+use ackonce::failure::{Class, Overrides};
 use tempfile::TempDir;
 
 mod display;
@@ -15,6 +16,7 @@ mod mistakes;
 mod properties;
 
 const SHIPPED: &str = include_str!("../../config.toml");
+const FAILURES_PAGE: &str = include_str!("../../docs/failures.md");
 
 /// A configuration with nothing but what must be there.
 const SMALLEST: &str = r#"[broker]
@@ -110,6 +112,9 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
     let idle = defaults::IDLE_IN_TRANSACTION_TIMEOUT.default;
     assert_eq!(postgres.idle_in_transaction_timeout, idle);
     assert_eq!(postgres.auto_migrate, defaults::AUTO_MIGRATE);
+    assert_eq!(config.ledger.retention, defaults::RETENTION.default);
+    assert_eq!(config.ledger.prune_every, defaults::PRUNE_EVERY.default);
+    assert_eq!(config.ledger.prune_batch, defaults::PRUNE_BATCH.default);
     assert_eq!(
         config.daemon.shutdown_timeout,
         defaults::SHUTDOWN_TIMEOUT.default
@@ -127,6 +132,13 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
     assert_eq!(consumer.max_body, defaults::MAX_BODY.default);
     assert_eq!(consumer.identity, defaults::IDENTITY);
     assert_eq!(consumer.confirm_duplicates, defaults::CONFIRM_DUPLICATES);
+    assert_eq!(consumer.max_deaths, defaults::MAX_DEATHS.default);
+    let retry = &consumer.retry;
+    assert_eq!(retry.max_attempts, defaults::MAX_ATTEMPTS.default);
+    assert_eq!(retry.backoff, defaults::RETRY_BACKOFF);
+    assert_eq!(retry.jitter_percent, defaults::RETRY_JITTER.default);
+    assert_eq!(retry.breaker, defaults::BREAKER.default);
+    assert_eq!(consumer.failures, Overrides::default());
     assert_eq!(consumer.claim.lease, defaults::LEASE.default);
     assert_eq!(consumer.claim.renew_every, defaults::RENEW_EVERY.default);
     assert_eq!(consumer.claim.done_ttl, defaults::DONE_TTL.default);
@@ -135,6 +147,11 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
         defaults::RECHECK_EVERY.default
     );
     let topology = &consumer.topology;
+    assert_eq!(topology.mode, defaults::TOPOLOGY_MODE);
+    assert_eq!(
+        topology.dead_letters,
+        defaults::dead_letters(defaults::TOPOLOGY_MODE, defaults::QUEUE_TYPE)
+    );
     assert_eq!(topology.queue, consumer.name);
     assert_eq!(topology.queue_type, defaults::QUEUE_TYPE);
     assert_eq!(
@@ -205,7 +222,17 @@ claim = {{ lease = "1m30s", done_ttl = "90s" }}
 handler = {{ type = "sql", sql = """
 SELECT '$${{x}}', "a\b\\ \t é \u0007" -- $$ DO $$
 """ }}
+[consumer.retry]
+max_attempts = 1000
+backoff = ["10ms", "1h1m1s1ms", "10ms"]
+jitter_percent = 0
+breaker = 0
+[consumer.failures]
+systemic = ["P0", "22P02"]
+transient = ["22", "P0001"]
 [consumer.topology]
+mode = "verify"
+dead_letters = "reject"
 queue = "quoted \" ' $${{"
 queue_type = "classic"
 binding = [
@@ -215,9 +242,11 @@ binding = [
 "##
     )
     .replace("amqp://h", "amqps://u:p%2f$${A}@h/v")
+    .replace("[daemon]", "[ledger]\nretention = \"90d\"\nprune_batch = 7\n[daemon]")
     .replace("[broker]", &format!("[broker]\nca_file = '{}'", ca_file.display()));
     let off = SMALLEST.replace("[redis]", "[redis]\nenabled = false");
-    for text in [SHIPPED, SMALLEST, &full, &off] {
+    let theirs = below("[consumer.topology]", "mode = \"none\"");
+    for text in [SHIPPED, SMALLEST, &full, &off, &theirs] {
         let config = parse(text).unwrap_or_else(|error| panic!("{error}"));
         let printed = to_toml(&config, true);
         let elsewhere = Path::new("/nowhere/at/all.toml");
@@ -265,6 +294,109 @@ fn every_section_takes_the_values_it_documents() {
             ("x-match".to_owned(), BindingArgument::Text("all".into())),
         ]
     );
+}
+
+#[test]
+fn retries_and_failure_classes_take_the_values_they_document() {
+    let text = below(
+        "[[consumer]]",
+        "max_deaths = 7\nretry = { max_attempts = 4, backoff = [\"${B:-1s}\", \"90s\", \"1000ms\", \"2h\"], \
+         jitter_percent = 0, breaker = 0 }\nfailures = { transient = [\"22\"], permanent = \
+         [\"22P02\", \"23505\"], systemic = [\"P0001\"] }",
+    );
+    let config = parse(&text).unwrap_or_else(|error| panic!("{error}"));
+    let consumer = &config.consumers[0];
+    assert_eq!(consumer.max_deaths, 7);
+    assert_eq!(consumer.retry.max_attempts, 4);
+    assert_eq!(consumer.retry.backoff.len(), 4);
+    assert_eq!(consumer.retry.jitter_percent, 0);
+    assert_eq!(consumer.retry.breaker, 0);
+    let queues: Vec<String> = consumer
+        .retry
+        .delays()
+        .into_iter()
+        .map(|delay| consumer.topology.retry_queue(delay))
+        .collect();
+    // Equal delays share a queue; after the fourth attempt comes none.
+    assert_eq!(queues, ["orders.retry.1s", "orders.retry.1m30s"]);
+    assert_eq!(consumer.retry.longest_wait(), Duration::from_secs(92));
+    for (code, class) in [
+        ("22P02", Some(Class::Permanent)),
+        ("22001", Some(Class::Transient)),
+        ("23505", Some(Class::Permanent)),
+        ("23503", None),
+        ("P0001", Some(Class::Systemic)),
+    ] {
+        assert_eq!(consumer.failures.class_of(code), class, "{code}");
+    }
+}
+
+#[test]
+fn the_last_delay_goes_on_for_all_attempts_that_follow() {
+    let text = below(
+        "[[consumer]]",
+        "retry = { max_attempts = 1000, backoff = [\"1s\", \"10s\"] }",
+    );
+    let config = parse(&text).unwrap_or_else(|error| panic!("{error}"));
+    let retry = &config.consumers[0].retry;
+    assert_eq!(retry.longest_wait(), Duration::from_secs(1 + 998 * 10));
+    let once = parse(&below("[[consumer]]", "retry = { max_attempts = 1 }"));
+    let once = once.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(once.consumers[0].retry.delays(), []);
+    assert_eq!(once.consumers[0].retry.longest_wait(), Duration::ZERO);
+}
+
+#[test]
+fn how_dead_letters_leave_follows_from_what_can_be_proved() {
+    for (lines, dead_letters, delivery_limit) in [
+        ("", DeadLetters::Reject, Some(100)),
+        ("mode = \"verify\"", DeadLetters::Reject, Some(100)),
+        ("queue_type = \"classic\"", DeadLetters::Publish, None),
+        ("mode = \"none\"", DeadLetters::Publish, None),
+        (
+            "mode = \"none\"\nqueue_type = \"classic\"\ndead_letters = \"publish\"",
+            DeadLetters::Publish,
+            None,
+        ),
+        (
+            "queue_type = \"classic\"\ndead_letters = \"reject\"",
+            DeadLetters::Reject,
+            None,
+        ),
+        (
+            "dead_letters = \"publish\"",
+            DeadLetters::Publish,
+            Some(100),
+        ),
+    ] {
+        let config = parse(&below("[consumer.topology]", lines));
+        let config = config.unwrap_or_else(|error| panic!("{error}"));
+        let topology = &config.consumers[0].topology;
+        assert_eq!(topology.dead_letters, dead_letters, "{lines}");
+        assert_eq!(topology.delivery_limit, delivery_limit, "{lines}");
+        let printed = to_toml(&config, false);
+        let line = format!("dead_letters = \"{}\"\n", dead_letters.as_str());
+        assert!(printed.contains(&line), "{printed}");
+    }
+}
+
+#[test]
+fn the_examples_on_the_page_about_failures_can_be_typed() {
+    let mut examples = 0;
+    for example in FAILURES_PAGE.split("```toml\n").skip(1) {
+        let (example, _) = example.split_once("```").expect("the end of the block");
+        let config = parse(&below("[consumer.claim]", example));
+        config.unwrap_or_else(|error| panic!("{error}"));
+        examples += 1;
+    }
+    assert_eq!(examples, 2);
+}
+
+#[test]
+fn a_redis_mark_may_outlive_the_ledger_row() {
+    let text = below("[daemon]", "[ledger]\nretention = \"1h\"");
+    let config = parse(&text).unwrap_or_else(|error| panic!("{error}"));
+    assert!(config.consumers[0].claim.done_ttl > config.ledger.retention);
 }
 
 #[test]

@@ -68,6 +68,12 @@ fn a_mistake_in_a_servers_section_is_named_with_its_place_and_a_hint() {
         "[postgres]" + "statement_timeout = \"25s\"" => 8:21 "is shorter than `statement_timeout` (25s)" / "at least"
         "[daemon]" + "reconnect_min = \"20s\"" => 11:17 "`reconnect_min` (20s) is longer than `reconnect_max` (10s)" / "longest"
         "[daemon]" + "reconnect_max = \"20ms\"" => 11:17 "is longer than `reconnect_max` (20ms)" / "longest"
+        "[daemon]" + "[ledger]\nretention = \"30s\"" => 12:13 "`retention` is out of range: 30s" / "allowed: 1m to 3650d"
+        "[daemon]" + "[ledger]\nretention = \"11m10s\"" => 12:13 "can wait 11m11s for its retries, and `retention` is 11m10s" / "would be applied again: raise `retention`"
+        "[daemon]" + "[ledger]\nprune_every = \"99ms\"" => 12:15 "`prune_every` is out of range: 99ms" / "allowed: 100ms to 1d"
+        "[daemon]" + "[ledger]\nprune_batch = 0" => 12:15 "`prune_batch` is out of range: 0" / "allowed: 1 to 100000"
+        "[daemon]" + "[ledger]\nretain = \"1d\"" => 12:1 "unknown key `retain` in [ledger]" / "[ledger] has: retention"
+        "[daemon]" + "[legder]" => 11:2 "unknown section `legder`" / "did you mean `ledger`?"
         "[daemon]" + "shutdown_timeout = 2026-01-01" => 11:20 "found a date" / "\"25s\""
     });
 }
@@ -93,6 +99,8 @@ fn a_mistake_in_a_consumer_is_named_with_its_place_and_a_hint() {
         "[[consumer]]" + "identity = \"json:id\"" => 13:12 "does not begin with `/`" / "json:/order/id"
         "[[consumer]]" + "identity = \"json:/a~b\"" => 13:12 "lone `~`" / "~0"
         "[[consumer]]" + "identity = 1" => 13:12 "`identity` must be a string, found an integer" / "in quotes"
+        "[[consumer]]" + "max_deaths = 2" => 13:14 "`max_deaths` is out of range: 2" / "allowed: 3 to 100"
+        "[[consumer]]" + "max_attempts = 2" => 13:1 "unknown key `max_attempts` in [[consumer]]" / "belongs to [consumer.retry]"
         "[consumer.claim]" + "renew_every = \"3s\"" => 16:15 "`renew_every` (3s) is more than half of `lease` (5s)" / "a lease shorter than its renewal"
         "[consumer.claim]" + "done_ttl = \"4s\"" => 16:12 "`done_ttl` (4s) is shorter than `lease` (5s)" / "at least"
         "[consumer.topology]" + "queue = \"\"" => 18:9 "`queue` is empty" / "1 to 255 bytes"
@@ -100,6 +108,13 @@ fn a_mistake_in_a_consumer_is_named_with_its_place_and_a_hint() {
         "[consumer.topology]" + "queue = \"a\\u0007\"" => 18:9 "`queue` has a control character" / "1 to 255 bytes"
         "[consumer.topology]" + "queue_type = \"quorom\"" => 18:14 "`queue_type` cannot be `quorom`" / "did you mean `quorum`?"
         "[consumer.topology]" + "queue_type = \"stream\"" => 18:14 "`queue_type` cannot be `stream`" / "allowed: quorum, classic"
+        "[consumer.topology]" + "mode = \"declared\"" => 18:8 "`mode` cannot be `declared`" / "did you mean `declare`? allowed: declare, verify, none"
+        "[consumer.topology]" + "mode = true" => 18:8 "`mode` must be a string, found a boolean" / "mode = \"…\""
+        "[consumer.topology]" + "mode = \"none\"\ndelivery_limit = 5" => 19:18 "`delivery_limit` is given, but mode = \"none\"" / "leave it out"
+        "[consumer.topology]" + "mode = \"none\"\nbinding = [{ exchange = \"e\", exchange_type = \"fanout\" }]" => 19:11 "bindings are given, but mode = \"none\" makes none" / "leave them out"
+        "[consumer.topology]" + "mode = \"none\"\ndead_letters = \"reject\"" => 19:16 "`dead_letters` cannot be `reject` with mode = \"none\"" / "it cannot be proved that a rejected message has somewhere to go"
+        "[consumer.topology]" + "dead_letters = \"drop\"" => 18:16 "`dead_letters` cannot be `drop`" / "allowed: reject, publish"
+        "[consumer.topology]" + "dead_letter_queue = \"orders.retry.1s\"" => 18:21 "queue `orders.retry.1s` is also where messages wait for their retry: see line" / "choose another name"
         "[consumer.topology]" + "queue_type = \"classic\"\ndelivery_limit = 5" => 19:18 "`delivery_limit` is given for a classic queue" / "quorum"
         "[consumer.topology]" + "dead_letter_queue = \"orders\"" => 18:21 "`dead_letter_queue` is the work queue `orders`" / "another name"
         "[consumer.topology]" + "dead_letter_exchange = \"amq.fanout\"" => 18:24 "`dead_letter_exchange` cannot be `amq.fanout`" / "the broker's own"
@@ -117,6 +132,56 @@ fn a_mistake_in_a_consumer_is_named_with_its_place_and_a_hint() {
         "[consumer.topology]" + "[[consumer.topology.binding]]\nexchange = \"e\"\nexchange_type = \"headers\"\narguments = { a = \"${N}\" }" => 21:20 "needs the environment variable `N`" / "set N"
         "[consumer.handler]" + "file = \"a.sql\"" => 22:7 "both `file` and `sql`" / "keep one"
     });
+}
+
+#[test]
+fn a_mistake_about_failures_is_named_with_its_place_and_a_hint() {
+    check_each(&mistakes! {
+        "[consumer.claim]" + "[consumer.retry]\nmax_attempts = 0" => 17:16 "`max_attempts` is out of range: 0" / "allowed: 1 to 1000"
+        "[consumer.claim]" + "[consumer.retry]\nattempts = 1" => 17:1 "unknown key `attempts` in [consumer.retry]" / "did you mean `max_attempts`?"
+        "[consumer.claim]" + "[consumer.retry]\njitter_percent = 101" => 17:18 "`jitter_percent` is out of range: 101" / "allowed: 0 to 100"
+        "[consumer.claim]" + "[consumer.retry]\njitter_percent = \"10\"" => 17:18 "`jitter_percent` must be an integer" / "jitter_percent = 10"
+        "[consumer.claim]" + "[consumer.retry]\njitter_percent = 256" => 17:18 "`jitter_percent` is out of range: 256" / "allowed: 0 to 100"
+        "[consumer.claim]" + "[consumer.retry]\nbreaker = -1" => 17:11 "`breaker` is out of range: -1" / "allowed: 0 to 1000000"
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = \"10s\"" => 17:11 "`backoff` must be a list of strings, found a string" / "backoff = [\"1s\", "
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = []" => 17:11 "`backoff` is empty" / "max_attempts = 1"
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [\"1s\", 10]" => 17:18 "`backoff` must be a list of strings, found an integer" / "backoff = [\"1s\", "
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [[\"1s\"]]" => 17:12 "`backoff` must be a list of strings, found an array" / "backoff = [\"1s\", "
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [\"1s\", \"10\"]" => 17:18 "`backoff` has no unit: `10`" / "add a unit"
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [\"9ms\"]" => 17:12 "`backoff` is out of range: 9ms" / "allowed: 10ms to 7d"
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [\"8d\"]" => 17:12 "`backoff` is out of range: 8d" / "allowed: 10ms to 7d"
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [\"${B}\"]" => 17:13 "`backoff` needs the environment variable `B`" / "set B"
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\",\"1s\"]" => 17:11 "`backoff` has too many steps: 17" / "allowed: 1 to 16"
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [\"7d\"]\nmax_attempts = 6" => 17:11 "a message can wait 35d for its retries, and `retention` is 30d" / "lower `max_attempts` or `backoff`"
+        "[consumer.claim]" + "[consumer.retry]\nbackoff = [\"7d\"]\nmax_attempts = 6\n[ledger]\nretention = \"34d\"" => 17:11 "a message can wait 35d for its retries" / "raise `retention`"
+        "[consumer.claim]" + "[consumer.failures]\ntransient = \"23\"" => 17:13 "`transient` must be a list of strings, found a string" / "transient = [\"23505\""
+        "[consumer.claim]" + "[consumer.failures]\ntransient = [23]" => 17:14 "`transient` must be a list of strings, found an integer" / "transient = [\"23505\""
+        "[consumer.claim]" + "[consumer.failures]\npermanent = [\"p0001\"]" => 17:14 "`permanent` has no SQLSTATE: `p0001`" / "in capitals: `P0001`"
+        "[consumer.claim]" + "[consumer.failures]\npermanent = [\"235\"]" => 17:14 "`permanent` has no SQLSTATE: `235`" / "\"23505\""
+        "[consumer.claim]" + "[consumer.failures]\npermanent = [\"\"]" => 17:14 "`permanent` has no SQLSTATE: ``" / "the two of a class"
+        "[consumer.claim]" + "[consumer.failures]\npermanent = [\"ÄÖ5\"]" => 17:14 "`permanent` has no SQLSTATE: `ÄÖ5`" / "the two of a class"
+        "[consumer.claim]" + "[consumer.failures]\nsystemic = [\"23\\u00005\"]" => 17:13 "`systemic` has no SQLSTATE: `23\\05`" / "the two of a class"
+        "[consumer.claim]" + "[consumer.failures]\ntransient = [\"23\", \"P0001\"]\nsystemic = [\"P0001\"]" => 18:13 "`systemic` has `P0001`, as has line 17" / "one class"
+        "[consumer.claim]" + "[consumer.failures]\ntransient = [\"23\",\n\"23\"]" => 18:1 "`transient` has `23`, as has line 17" / "keep one"
+        "[consumer.claim]" + "[consumer.failures]\nfatal = []" => 17:1 "unknown key `fatal` in [consumer.failures]" / "transient, permanent, systemic"
+    });
+    let codes: Vec<String> = (10_000..10_257).map(|code| format!("\"{code}\"")).collect();
+    let found = problems(&below(
+        "[consumer.claim]",
+        &format!("[consumer.failures]\ntransient = [{}]", codes.join(", ")),
+    ));
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!(found[0].message, "`transient` has too many codes: 257");
+}
+
+#[test]
+fn every_wrong_item_of_a_list_is_named() {
+    let found = problems(&below(
+        "[consumer.claim]",
+        "[consumer.retry]\nbackoff = [1, \"2\", \"1s\", \"8d\"]",
+    ));
+    let columns: Vec<usize> = found.iter().map(|p| line_and_column(p).1).collect();
+    assert_eq!(columns, [12, 15, 26], "{found:#?}");
 }
 
 #[test]
@@ -242,6 +307,21 @@ fn consumers_that_cannot_share_a_broker_are_refused() {
             "binding = [{ exchange = \"orders.dlx\", exchange_type = \"headers\" }]",
             "exchange `orders.dlx` is headers here and fanout",
         ),
+        (
+            "b",
+            "queue = \"orders.retry.10m\"",
+            "queue `orders.retry.10m` is also where messages wait for their retry: see line",
+        ),
+        (
+            "b",
+            "dead_letter_queue = \"orders.retry.10s\"",
+            "queue `orders.retry.10s` is also where messages wait for their retry: see line",
+        ),
+        (
+            "b",
+            "mode = \"none\"\nqueue = \"orders\"",
+            "queue `orders` is already consumed by",
+        ),
     ] {
         let found = problems(&second(name, topology));
         assert_eq!(found.len(), 1, "{topology}: {found:#?}");
@@ -250,6 +330,10 @@ fn consumers_that_cannot_share_a_broker_are_refused() {
     for topology in [
         "dead_letter_queue = \"orders.dead\"",
         "dead_letter_queue = \"orders.dead\"\ndead_letter_exchange = \"orders.dlx\"",
+        "queue = \"orders.retry.1h\"",
+        // Of what others make, type and bindings are not known.
+        "mode = \"none\"\ndead_letter_exchange = \"orders.dlx\"",
+        "mode = \"none\"\nqueue_type = \"classic\"\ndead_letter_queue = \"orders.dead\"",
     ] {
         parse(&second("b", topology)).unwrap_or_else(|error| panic!("{error}"));
     }
@@ -261,12 +345,30 @@ fn a_name_that_leaves_no_room_for_what_is_derived_from_it_is_refused() {
         "[consumer.topology]",
         &format!("queue = \"{}\"", "q".repeat(252)),
     ));
-    assert_eq!(found.len(), 2, "{found:#?}");
+    assert_eq!(found.len(), 3, "{found:#?}");
     assert!(found[0].message.contains("is too long"), "{found:#?}");
     assert!(
         found[0].hint.contains("set `dead_letter_exchange`"),
         "{found:#?}"
     );
+    let of_length = |length: usize| {
+        below(
+            "[consumer.topology]",
+            &format!("queue = \"{}\"", "q".repeat(length)),
+        )
+    };
+    let found = problems(&of_length(246));
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert_eq!(
+        found[0].message,
+        "the name of a retry queue, `.retry.10m` after the queue's name, is too long"
+    );
+    assert_eq!(found[0].hint, "give a `queue` of at most 245 bytes");
+    let longest = parse(&of_length(245)).unwrap_or_else(|error| panic!("{error}"));
+    let consumer = &longest.consumers[0];
+    let names = consumer.retry.delays().into_iter();
+    let names = names.map(|delay| consumer.topology.retry_queue(delay).len());
+    assert_eq!(names.max(), Some(255));
     let found = problems(&below(
         "[consumer.topology]",
         &format!("queue = \"{}\"", "q".repeat(256)),
