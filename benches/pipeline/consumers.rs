@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use crate::stage::PATIENCE;
 use crate::subject::{Kind, Settings};
 
 /// A subject that has been told to stop does so when nothing came for so long.
@@ -91,6 +92,18 @@ fn next(deliveries: &Receiver<ConsumerMessage>, stop: &Stop) -> Result<Option<am
             Err(RecvTimeoutError::Timeout) if stop.0.load(Ordering::Relaxed) => return Ok(None),
             Err(RecvTimeoutError::Timeout) => {}
             Err(error) => return Err(error).context("the connection was lost"),
+        }
+    }
+}
+
+/// Cancels the consumer and waits until the broker says that it has: dropped
+/// while something may still come, it could take the connection with it.
+fn cancel(consumer: amiquip::Consumer<'_>) -> Result<()> {
+    consumer.cancel()?;
+    loop {
+        match consumer.receiver().recv_timeout(PATIENCE)? {
+            ConsumerMessage::ClientCancelled => return Ok(()),
+            other => drop(delivery(other)?),
         }
     }
 }

@@ -73,11 +73,12 @@ pub fn drain(
 pub fn finish(
     stage: &mut Stage,
     database: &mut Database,
-    subject: Subject,
+    mut subject: Subject,
     queue_type: QueueType,
     kind: &Kind,
     distinct: usize,
 ) -> Result<()> {
+    subject.await_idle()?;
     subject.stop()?;
     stage
         .await_drained(queue_type)

@@ -122,8 +122,8 @@ impl Load {
         while !pending.is_empty() {
             confirm(&confirms, &mut pending)?;
         }
-        drop(channel);
         connection.close()?;
+        drop(channel);
         Ok(())
     }
 
@@ -147,8 +147,8 @@ impl Load {
             self.send(&channel, queue, place)?;
             due.push(at);
         }
-        drop(channel);
         connection.close()?;
+        drop(channel);
         Ok((due, latest))
     }
 

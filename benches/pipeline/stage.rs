@@ -120,6 +120,10 @@ impl Stage {
                 .stop()?;
             self.await_no_consumer(queue_type)?;
         }
+        // The daemon does it when its first message comes.
+        database.execute(&format!(
+            "INSERT INTO ackonce.consumer (name) VALUES ('{CONSUMER}') ON CONFLICT DO NOTHING"
+        ))?;
         Ok((database, url))
     }
 

@@ -24,6 +24,11 @@ pub const REFERENCE_THREADS: u16 = 16;
 /// Ticks a second in `/proc/PID/stat`: fixed for user space on Linux.
 const TICKS_PER_SECOND: u32 = 100;
 
+/// A subject is idle that in so long a time uses so little of the processor:
+/// one tick, which a heartbeat may cause.
+const IDLE_FOR: Duration = Duration::from_millis(200);
+const IDLE_CPU: Duration = Duration::from_millis(1_000 / TICKS_PER_SECOND as u64);
+
 /// The kinds of subjects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -154,6 +159,25 @@ impl Subject {
             text.parse().context("strange /proc/PID/stat")
         };
         Ok(Duration::from_secs(1) * (ticks(11)? + ticks(12)?) / TICKS_PER_SECOND)
+    }
+
+    /// Waits until it has hardly used the processor for a while: what it took
+    /// from the queue is settled, or never will be. A stop before that would
+    /// have it give back what it has not begun.
+    pub fn await_idle(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let before = self.cpu()?;
+            std::thread::sleep(IDLE_FOR);
+            if self.cpu()? - before <= IDLE_CPU {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{} is still at work after {PATIENCE:?}",
+                self.kind
+            );
+        }
     }
 
     /// A line of `/proc/PID/status` that counts KiB, such as `VmRSS`, in bytes.

@@ -22,8 +22,8 @@ pub(super) fn run(arguments: &Arguments, stop: &Stop, together_max: usize) -> Re
         }
         last.ack_multiple(&channel)?;
     }
-    drop(consumer);
-    channel.close()?;
+    super::cancel(consumer)?;
+    // The channel is dropped behind it.
     connection.close()?;
     Ok(())
 }

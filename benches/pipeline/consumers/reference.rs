@@ -5,7 +5,7 @@
 //! thread waits for another one, and PostgreSQL can flush the commits of
 //! several with one write.
 
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
 use amiquip::{Channel, Connection, ConsumerOptions, Delivery};
 use anyhow::{Context, Result, anyhow, ensure};
@@ -35,20 +35,21 @@ pub(super) fn run(arguments: &Arguments, stop: &Stop, fused: bool) -> Result<()>
     let channels = (0..REFERENCE_THREADS)
         .map(|_| connection.open_channel(None))
         .collect::<amiquip::Result<Vec<Channel>>>()?;
-    thread::scope(|scope| {
+    let channels = thread::scope(|scope| {
         let threads: Vec<_> = channels
             .into_iter()
             .map(|channel| {
                 scope.spawn(move || Worker::new(arguments, fused)?.run(channel, arguments, stop))
             })
             .collect();
-        threads.into_iter().try_for_each(|thread| {
-            thread
-                .join()
-                .map_err(|_| anyhow!("a thread of the reference panicked"))?
-        })
+        let join = |thread: ScopedJoinHandle<'_, Result<Channel>>| {
+            let panicked = |_| anyhow!("a thread of the reference panicked");
+            thread.join().map_err(panicked)?
+        };
+        threads.into_iter().map(join).collect::<Result<Vec<_>>>()
     })?;
     connection.close()?;
+    drop(channels);
     Ok(())
 }
 
@@ -80,7 +81,8 @@ impl Worker {
         })
     }
 
-    fn run(mut self, channel: Channel, arguments: &Arguments, stop: &Stop) -> Result<()> {
+    /// Gives the channel back: it is dropped behind the connection.
+    fn run(mut self, channel: Channel, arguments: &Arguments, stop: &Stop) -> Result<Channel> {
         channel.qos(0, arguments.prefetch / REFERENCE_THREADS, false)?;
         let consumer =
             channel.basic_consume(arguments.queue.as_str(), ConsumerOptions::default())?;
@@ -88,9 +90,8 @@ impl Worker {
             self.handle(&delivery)?;
             delivery.ack(&channel)?;
         }
-        drop(consumer);
-        channel.close()?;
-        Ok(())
+        super::cancel(consumer)?;
+        Ok(channel)
     }
 
     fn handle(&mut self, delivery: &Delivery) -> Result<()> {
