@@ -56,10 +56,11 @@ pub fn run(stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
                 duplicates_percent: 0,
                 body_bytes,
             })?;
-            let [now, peak] = held(stage, &mut database, &settings, &load)
+            let measured = held(stage, &mut database, &settings, &load)
                 .with_context(|| format!("failed to measure memory with {name}"))?;
-            report.add(&format!("memory/{name}"), "MiB", mebibytes(now));
-            report.add(&format!("memory/{name}/peak"), "MiB", mebibytes(peak));
+            for (when, bytes) in ["", "/peak", "/after"].iter().zip(measured) {
+                report.add(&format!("memory/{name}{when}"), "MiB", mebibytes(bytes));
+            }
         }
     }
     Ok(())
@@ -74,14 +75,14 @@ fn timeout_key(key: &str) -> &'static str {
 }
 
 /// Resident bytes while every worker stands in its handler before a lock and
-/// every message is with the daemon; and the most there ever were, up to the
-/// end of the work.
+/// every message is with the daemon; the most there ever were, up to the end
+/// of the work; and those that stay when it has nothing to do any more.
 fn held(
     stage: &mut Stage,
     database: &mut Database,
     settings: &Settings,
     load: &Load,
-) -> Result<[u64; 2]> {
+) -> Result<[u64; 3]> {
     let mut holder = Database::connect(&settings.postgres)?;
     holder.execute("BEGIN")?;
     holder.execute("LOCK TABLE effect IN ACCESS EXCLUSIVE MODE")?;
@@ -105,13 +106,17 @@ fn held(
         );
         std::thread::sleep(Duration::from_millis(20));
     }
+    // Handed over by the broker is not yet read by the daemon.
+    subject.await_idle()?;
     let now = subject.memory("VmRSS")?;
     holder.execute("COMMIT")?;
     drain::await_effects(database, &mut subject, load.distinct())?;
+    subject.await_idle()?;
     let peak = subject.memory("VmHWM")?;
+    let after = subject.memory("VmRSS")?;
     let queue_type = settings.queue_type;
     drain::finish(stage, database, subject, queue_type, &KIND, load.distinct())?;
-    Ok([now, peak])
+    Ok([now, peak, after])
 }
 
 fn mebibytes(bytes: u64) -> f64 {

@@ -48,10 +48,15 @@ impl Report {
         }
     }
 
+    /// Says something that stands below the tables.
+    pub fn remark(&mut self, remark: String) {
+        self.remarks.push(remark);
+    }
+
     /// Takes back every measure whose key begins so, and says why.
     pub fn withdraw(&mut self, prefix: &str, why: &str) {
         self.measures.retain(|m| !m.key.starts_with(prefix));
-        self.remarks.push(format!("{prefix} not measured: {why}"));
+        self.remark(format!("{prefix} was not measured: {why}"));
     }
 
     fn median(&self, key: &str) -> Option<f64> {

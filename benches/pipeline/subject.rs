@@ -25,8 +25,9 @@ pub const REFERENCE_THREADS: u16 = 16;
 const TICKS_PER_SECOND: u32 = 100;
 
 /// A subject is idle that in so long a time uses so little of the processor:
-/// one tick, which a heartbeat may cause.
-const IDLE_FOR: Duration = Duration::from_millis(200);
+/// longer than the daemon's `recheck_every`, for which it may hold a duplicate
+/// back, and one tick, which a heartbeat may cause.
+const IDLE_FOR: Duration = Duration::from_millis(700);
 const IDLE_CPU: Duration = Duration::from_millis(1_000 / TICKS_PER_SECOND as u64);
 
 /// The kinds of subjects.
