@@ -19,6 +19,7 @@ use crate::handler;
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
 use crate::pipeline::{Shared, Worker};
+use crate::random;
 use crate::stop::{self, Stopper};
 
 /// The ends of the channels that the broker thread holds.
@@ -69,10 +70,11 @@ impl Pool {
         let claims = claims(config, consumer)?;
         let renewal = renewal(config, consumer, &claims)?;
         let mut claims = claims.into_iter();
+        let owner = random::draw();
         for number in 1..=consumer.workers {
             let worker = Worker::new(
                 shared.clone(),
-                Ledger::new(config.postgres.clone(), &consumer.name, host),
+                Ledger::new(config.postgres.clone(), &consumer.name, host, number, owner),
                 claims.next(),
                 handler::build(&consumer.handler)?,
             );

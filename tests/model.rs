@@ -352,7 +352,7 @@ fn assert_caught(scenario: Scenario, mutant: Protocol, property: &'static str) {
 
 #[test]
 fn two_copies_of_a_message_are_applied_once_whatever_happens() {
-    walk(DUPLICATES, 500_000);
+    walk(DUPLICATES, 200_000);
 }
 
 #[test]

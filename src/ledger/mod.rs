@@ -4,22 +4,22 @@
 //! A [`Ledger`] belongs to one worker thread. It connects when it is needed
 //! and again after it lost its session; it never retries by itself.
 
+mod journal;
+mod schema;
+mod suspect;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use sqlx::migrate::{Migrate, MigrateError, Migrator};
 use sqlx::{PgConnection, Row};
 
 use crate::config::checked;
 use crate::failure::{Class, Failure};
-use crate::message::{DeadReason, Fingerprint, MessageId};
+use crate::message::{Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
 
-/// Longest error text the journal keeps, in characters.
-const ERROR_TEXT_MAX: usize = 2_000;
-
-/// Table in which the applied migrations are kept.
-const MIGRATIONS_TABLE: &str = "ackonce.migration";
+pub use journal::JournalEntry;
+pub use schema::{Schema, migrate, renew_id, schema};
 
 /// Which ledger this is, and what the consumer is called in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,45 +51,34 @@ pub enum CommitError {
     Unknown(String),
 }
 
-/// One row for the failure journal.
-#[derive(Debug, Clone)]
-pub struct JournalEntry<'a> {
-    /// The id, where there is a usable one.
-    pub message_id: Option<&'a MessageId>,
-    /// SHA-256 of the body.
-    pub fingerprint: Fingerprint,
-    /// Why it is dead-lettered.
-    pub reason: Option<DeadReason>,
-    /// When it is tried again.
-    pub retry_in: Option<std::time::Duration>,
-    /// How long the attempt took.
-    pub duration: Option<std::time::Duration>,
-    /// What went wrong.
-    pub failure: &'a Failure,
-    /// Tries of the handler so far.
-    pub attempt: u32,
-    /// Where it was published to.
-    pub exchange: &'a str,
-    /// With which routing key.
-    pub routing_key: &'a str,
-}
-
 /// One worker's way to the ledger.
 pub struct Ledger {
     config: checked::Postgres,
     consumer: String,
     host: String,
+    worker: i32,
+    owner: i64,
     open: Option<(Session, Registration)>,
 }
 
 impl Ledger {
-    /// Does not connect yet.
+    /// Does not connect yet. `host` and `worker` say in the journal who wrote
+    /// a row. `owner` says in the crash marks whose run a mark is: random, one
+    /// for all workers that live and die together.
     #[must_use]
-    pub fn new(config: checked::Postgres, consumer: &str, host: &str) -> Self {
+    pub fn new(
+        config: checked::Postgres,
+        consumer: &str,
+        host: &str,
+        worker: usize,
+        owner: u64,
+    ) -> Self {
         Self {
             config,
             consumer: consumer.to_owned(),
             host: host.to_owned(),
+            worker: i32::try_from(worker).unwrap_or(i32::MAX),
+            owner: owner.cast_signed(),
             open: None,
         }
     }
@@ -213,19 +202,67 @@ impl Ledger {
         }
     }
 
-    /// Writes reasons into the failure journal, in a statement of its own.
+    /// Writes failed attempts into the failure journal, in a statement of its
+    /// own.
     ///
     /// # Errors
     ///
     /// When they are not written.
     pub fn journal(&mut self, handler: &str, entries: &[JournalEntry<'_>]) -> Result<(), Error> {
         self.connect()?;
-        let host = self.host.clone();
+        let (host, worker) = (self.host.clone(), self.worker);
+        self.forgetting(|session, registration| {
+            let writer = journal::Writer {
+                consumer_id: registration.consumer_id,
+                handler,
+                host: &host,
+                worker,
+            };
+            session.run(async |connection| journal::write(connection, &writer, entries).await)
+        })
+    }
+
+    /// For each of `ids` that bears a crash mark: how many runs of it never
+    /// ended. A mark of this owner is a run that goes on, and counts no death.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be asked.
+    pub fn suspects(&mut self, ids: &[&str]) -> Result<HashMap<String, u32>, Error> {
+        self.connect()?;
+        let owner = self.owner;
         self.forgetting(|session, registration| {
             let consumer_id = registration.consumer_id;
-            session.run(async |connection| {
-                write_journal(connection, consumer_id, handler, &host, entries).await
-            })
+            session.run(async |connection| suspect::find(connection, consumer_id, owner, ids).await)
+        })
+    }
+
+    /// Puts this owner's crash mark on `ids`, before they run. A mark of
+    /// another owner's is taken over and counts one more death.
+    ///
+    /// # Errors
+    ///
+    /// When they are not marked, or not known to be.
+    pub fn mark(&mut self, ids: &[&str]) -> Result<(), Error> {
+        self.connect()?;
+        let owner = self.owner;
+        self.forgetting(|session, registration| {
+            let consumer_id = registration.consumer_id;
+            session.run(async |connection| suspect::mark(connection, consumer_id, owner, ids).await)
+        })
+    }
+
+    /// Takes the crash marks off `ids`, after they have run: in the open
+    /// transaction, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// When they still bear them, or that is not known.
+    pub fn unmark(&mut self, ids: &[&str]) -> Result<(), Error> {
+        self.connect()?;
+        self.forgetting(|session, registration| {
+            let consumer_id = registration.consumer_id;
+            session.run(async |connection| suspect::unmark(connection, consumer_id, ids).await)
         })
     }
 
@@ -240,19 +277,6 @@ impl Ledger {
             self.open = None;
         }
         result
-    }
-
-    #[allow(missing_docs, clippy::missing_errors_doc)]
-    pub fn suspects(&mut self, _: &[&str]) -> Result<HashMap<String, u32>, Error> {
-        Ok(HashMap::new())
-    }
-    #[allow(missing_docs, clippy::missing_errors_doc)]
-    pub fn mark(&mut self, _: &[&str]) -> Result<(), Error> {
-        Ok(())
-    }
-    #[allow(missing_docs, clippy::missing_errors_doc)]
-    pub fn unmark(&mut self, _: &[&str]) -> Result<(), Error> {
-        Ok(())
     }
 
     /// Forgets the session: a handler lost it.
@@ -305,63 +329,6 @@ async fn look_up(
         .collect()
 }
 
-async fn write_journal(
-    connection: &mut PgConnection,
-    consumer_id: i16,
-    handler: &str,
-    host: &str,
-    entries: &[JournalEntry<'_>],
-) -> Result<(), sqlx::Error> {
-    let column = |pick: fn(&JournalEntry<'_>) -> String| -> Vec<String> {
-        entries.iter().map(pick).collect()
-    };
-    sqlx::query(
-        "INSERT INTO ackonce.failure (consumer_id, handler, host, attempt, message_id, \
-         fingerprint, reason, class, code, error, exchange, routing_key) \
-         SELECT $1, $2, $3, e.* FROM unnest($4::int4[], $5::text[], $6::bytea[], $7::text[], \
-         $8::text[], $9::text[], $10::text[], $11::text[], $12::text[]) AS e",
-    )
-    .bind(consumer_id)
-    .bind(handler)
-    .bind(host)
-    .bind(
-        entries
-            .iter()
-            .map(|e| i32::try_from(e.attempt).unwrap_or(i32::MAX))
-            .collect::<Vec<_>>(),
-    )
-    .bind(
-        entries
-            .iter()
-            .map(|e| e.message_id.map(MessageId::as_str))
-            .collect::<Vec<_>>(),
-    )
-    .bind(
-        entries
-            .iter()
-            .map(|e| &e.fingerprint.0[..])
-            .collect::<Vec<_>>(),
-    )
-    .bind(column(|e| {
-        e.reason.map_or("", DeadReason::as_str).to_owned()
-    }))
-    .bind(column(|e| e.failure.class.as_str().to_owned()))
-    .bind(
-        entries
-            .iter()
-            .map(|e| e.failure.code.as_deref())
-            .collect::<Vec<_>>(),
-    )
-    .bind(column(|e| {
-        e.failure.text.chars().take(ERROR_TEXT_MAX).collect()
-    }))
-    .bind(column(|e| e.exchange.to_owned()))
-    .bind(column(|e| e.routing_key.to_owned()))
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
 fn register(session: &mut Session, consumer: &str) -> Result<Registration, Error> {
     session.run(async |connection| {
         let ledger_id: String = sqlx::query_scalar("SELECT ledger_id::text FROM ackonce.instance")
@@ -393,98 +360,5 @@ fn register(session: &mut Session, consumer: &str) -> Result<Registration, Error
             ledger_id: ledger_id.into(),
             consumer_id,
         })
-    })
-}
-
-fn migrator() -> Migrator {
-    let mut migrator = sqlx::migrate!("./sql");
-    migrator.create_schema("ackonce");
-    migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
-    migrator
-}
-
-/// What the schema lacks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Schema {
-    /// Every migration of this program is applied.
-    Current,
-    /// So many are not.
-    Behind(usize),
-}
-
-/// Looks whether the schema is the one this program needs, without rights to
-/// change it.
-///
-/// # Errors
-///
-/// When the server cannot be asked.
-pub fn schema(session: &mut Session) -> Result<Schema, Error> {
-    session.run(async |connection| {
-        let exists: bool = sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
-            .bind(MIGRATIONS_TABLE)
-            .fetch_one(&mut *connection)
-            .await?;
-        let applied: HashSet<i64> = if exists {
-            sqlx::query_scalar("SELECT version FROM ackonce.migration WHERE success")
-                .fetch_all(&mut *connection)
-                .await?
-                .into_iter()
-                .collect()
-        } else {
-            HashSet::new()
-        };
-        let missing = migrator()
-            .iter()
-            .filter(|m| !applied.contains(&m.version))
-            .count();
-        Ok(match missing {
-            0 => Schema::Current,
-            count => Schema::Behind(count),
-        })
-    })
-}
-
-/// Applies the migrations that are missing. Several daemons may do so at the
-/// same time: the server's advisory lock lets one do the work.
-///
-/// # Errors
-///
-/// When one fails, or an applied one is not what this program has under its number.
-pub fn migrate(session: &mut Session) -> Result<(), Error> {
-    session
-        .run(async |connection| {
-            Ok(match migrator().run_direct(None, connection, false).await {
-                Ok(()) => Ok(()),
-                Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) => {
-                    return Err(error);
-                }
-                Err(other) => {
-                    connection.unlock().await.ok();
-                    Err(other.to_string())
-                }
-            })
-        })?
-        .map_err(|text| {
-            Error::Refused(Failure {
-                class: Class::Systemic,
-                code: None,
-                text: format!("failed to migrate the schema ackonce: {text}"),
-            })
-        })
-}
-
-/// Gives the ledger a new random id, and with it every claim a new key.
-///
-/// # Errors
-///
-/// When the server refuses or cannot be asked.
-pub fn renew_id(session: &mut Session) -> Result<String, Error> {
-    session.run(async |connection| {
-        sqlx::query_scalar(
-            "UPDATE ackonce.instance SET ledger_id = gen_random_uuid(), created_at = now() \
-             RETURNING ledger_id::text",
-        )
-        .fetch_one(connection)
-        .await
     })
 }

@@ -1,0 +1,104 @@
+//! The schema `ackonce`: its migrations, and the ledger's random id.
+
+use std::collections::HashSet;
+
+use sqlx::migrate::{Migrate, MigrateError, Migrator};
+
+use crate::failure::{Class, Failure};
+use crate::postgres::{Error, Session};
+
+/// Table in which the applied migrations are kept.
+const MIGRATIONS_TABLE: &str = "ackonce.migration";
+
+fn migrator() -> Migrator {
+    let mut migrator = sqlx::migrate!("./sql");
+    migrator.create_schema("ackonce");
+    migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
+    migrator
+}
+
+/// What the schema lacks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Schema {
+    /// Every migration of this program is applied.
+    Current,
+    /// So many are not.
+    Behind(usize),
+}
+
+/// Looks whether the schema is the one this program needs, without rights to
+/// change it.
+///
+/// # Errors
+///
+/// When the server cannot be asked.
+pub fn schema(session: &mut Session) -> Result<Schema, Error> {
+    session.run(async |connection| {
+        let exists: bool = sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
+            .bind(MIGRATIONS_TABLE)
+            .fetch_one(&mut *connection)
+            .await?;
+        let applied: HashSet<i64> = if exists {
+            sqlx::query_scalar("SELECT version FROM ackonce.migration WHERE success")
+                .fetch_all(&mut *connection)
+                .await?
+                .into_iter()
+                .collect()
+        } else {
+            HashSet::new()
+        };
+        let missing = migrator()
+            .iter()
+            .filter(|m| !applied.contains(&m.version))
+            .count();
+        Ok(match missing {
+            0 => Schema::Current,
+            count => Schema::Behind(count),
+        })
+    })
+}
+
+/// Applies the migrations that are missing. Several daemons may do so at the
+/// same time: the server's advisory lock lets one do the work.
+///
+/// # Errors
+///
+/// When one fails, or an applied one is not what this program has under its number.
+pub fn migrate(session: &mut Session) -> Result<(), Error> {
+    session
+        .run(async |connection| {
+            Ok(match migrator().run_direct(None, connection, false).await {
+                Ok(()) => Ok(()),
+                Err(MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) => {
+                    return Err(error);
+                }
+                Err(other) => {
+                    connection.unlock().await.ok();
+                    Err(other.to_string())
+                }
+            })
+        })?
+        .map_err(|text| {
+            Error::Refused(Failure {
+                class: Class::Systemic,
+                code: None,
+                text: format!("failed to migrate the schema ackonce: {text}"),
+            })
+        })
+}
+
+/// Gives the ledger a new random id, and with it every claim a new key.
+///
+/// # Errors
+///
+/// When the server refuses or cannot be asked.
+pub fn renew_id(session: &mut Session) -> Result<String, Error> {
+    session.run(async |connection| {
+        sqlx::query_scalar(
+            "UPDATE ackonce.instance SET ledger_id = gen_random_uuid(), created_at = now() \
+             RETURNING ledger_id::text",
+        )
+        .fetch_one(connection)
+        .await
+    })
+}
