@@ -115,18 +115,18 @@ impl Worker {
         let message = &mut item.delivery.message;
         Some(Box::new(Parcel {
             body: std::mem::take(&mut message.body),
-            exchange: std::mem::take(&mut message.exchange),
-            routing_key: std::mem::take(&mut message.routing_key),
             attempts,
             purpose,
         }))
     }
 
-    /// The backoff step after the attempt at hand.
+    /// The backoff step after the attempt at hand: the last one that has a
+    /// queue goes on for all that follow.
     fn step_of(&self, item: &Item) -> usize {
-        let failed = usize::try_from(item.delivery.message.attempts).unwrap_or(usize::MAX);
-        let last = self.shared.consumer.retry.backoff.len().saturating_sub(1);
-        failed.min(last)
+        let retry = &self.shared.consumer.retry;
+        let retries = retry.max_attempts.saturating_sub(1) as usize;
+        let last = retry.backoff.len().min(retries).saturating_sub(1);
+        (item.delivery.message.attempts as usize).min(last)
     }
 
     /// 7 and 8. Tells Redis, the journal and the broker, in that order: what
