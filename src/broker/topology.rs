@@ -17,8 +17,8 @@ use amiquip::Channel;
 use super::connection::Link;
 use crate::config::checked::{Broker, Consumer, DeadLetters, Topology, TopologyMode};
 pub use error::TopologyError;
-pub use probe::HEADER as PROBE_HEADER;
 use parts::Part;
+pub use probe::HEADER as PROBE_HEADER;
 
 /// The queue in which messages of `topology`'s work queue wait `delay` for
 /// their retry: `orders.retry.1m30s`.
@@ -229,55 +229,5 @@ fn close(link: &Link, channel: Channel, within: Duration) {
     let _watch = link.watch(within);
     if let Err(error) = channel.close() {
         log::debug!("a channel to the broker was closed already: {error}");
-    }
-}
-
-pub fn prepare(
-    link: &mut Link,
-    consumer: &crate::config::checked::Consumer,
-    within: Duration,
-) -> Result<(), TopologyError> {
-    let channel = link.open_channel(within).map_err(|e| TopologyError::Lost {
-        what: "channel".to_owned(),
-        text: e.to_string(),
-    })?;
-    declare(link, &channel, &consumer.topology, within)?;
-    retries(&channel, consumer)
-}
-fn retries(
-    channel: &Channel,
-    consumer: &crate::config::checked::Consumer,
-) -> Result<(), TopologyError> {
-    for delay in consumer.retry.delays() {
-        let mut arguments = dead_letter_arguments(&consumer.topology);
-        arguments.insert(
-            "x-message-ttl".to_owned(),
-            AmqpValue::LongLongInt(delay.as_millis() as i64),
-        );
-        arguments.insert("x-dead-letter-exchange".to_owned(), text(""));
-        arguments.insert(
-            "x-dead-letter-routing-key".to_owned(),
-            text(&consumer.topology.queue),
-        );
-        channel
-            .queue_declare(consumer.topology.retry_queue(delay), queue(arguments))
-            .map_err(|e| TopologyError::new("retry queue", &e))?;
-    }
-    Ok(())
-}
-pub fn declare_retry_queues(
-    link: &mut Link,
-    consumer: &crate::config::checked::Consumer,
-    within: Duration,
-) -> Result<(), TopologyError> {
-    let channel = link.open_channel(within).map_err(|e| TopologyError::Lost {
-        what: "channel".to_owned(),
-        text: e.to_string(),
-    })?;
-    retries(&channel, consumer)
-}
-impl TopologyError {
-    pub fn is_config(&self) -> bool {
-        matches!(self, Self::Mismatch { .. })
     }
 }

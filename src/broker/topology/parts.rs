@@ -197,7 +197,10 @@ fn insert_dead_lettering(arguments: &mut FieldTable, topology: &Topology, exchan
 }
 
 fn type_argument(topology: &Topology) -> FieldTable {
-    FieldTable::from([("x-queue-type".to_owned(), text(topology.queue_type.as_str()))])
+    FieldTable::from([(
+        "x-queue-type".to_owned(),
+        text(topology.queue_type.as_str()),
+    )])
 }
 
 fn text(value: &str) -> AmqpValue {
