@@ -249,7 +249,12 @@ impl Runner {
             Ok(link) => link,
             Err(next) => return Ok(next),
         };
-        if let Err(error) = topology::prepare(&mut link, &self.consumer, CHANNEL_WITHIN) {
+        if let Err(error) = topology::prepare(
+            &mut link,
+            &self.config.broker,
+            &self.consumer,
+            CHANNEL_WITHIN,
+        ) {
             link.abandon(());
             return match &error {
                 // What changes under a running daemon may change back.
