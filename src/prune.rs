@@ -15,7 +15,7 @@ use anyhow::Context;
 
 use crate::config::{checked, format_duration};
 use crate::ledger::prune::{Age, Counts, Place, Sweeper, Table, Uncovered};
-use crate::postgres::Error;
+use crate::postgres::{Error, Session};
 use crate::stop::Stop;
 
 /// Pages that one statement looks at: half a MiB, and a few milliseconds.
@@ -92,7 +92,8 @@ fn daily_and_round(
     stop: &Stop,
 ) {
     let started = Instant::now();
-    let result = Sweeper::open(postgres).and_then(|mut sweeper| {
+    let result = Session::open(postgres, "prune").and_then(|session| {
+        let mut sweeper = Sweeper::new(session);
         if told.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
             for uncovered in sweeper.uncovered(ledger.retention)? {
                 log::warn!(consumer = uncovered.consumer.as_str(); "{}", warning(&uncovered, ledger.retention));

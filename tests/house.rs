@@ -41,6 +41,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("inspect", &["prune"]),
         ("pool", &["pipeline"]),
         ("prune", &[]),
+        ("why", &[]),
     ],
     &[("daemon", &[])],
     &[("cli", &[])],

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use ackonce::config::checked;
 use ackonce::ledger::prune::{Counts, Sweeper};
+use ackonce::postgres::Session;
 use ackonce::prune::{self, Round};
 use ackonce::stop;
 use common::{Config, ORDERS, World, eventually, numbered, numbered_ids, run_ackonce};
@@ -26,9 +27,13 @@ fn hourly(batch: usize) -> checked::Ledger {
     }
 }
 
+fn sweeper(world: &World) -> Sweeper {
+    Sweeper::new(Session::open(&world.postgres(), "prune").unwrap())
+}
+
 fn round(world: &World, config: &checked::Ledger) -> Round {
     let (_stopper, stop) = stop::pair();
-    let mut sweeper = Sweeper::open(&world.postgres()).unwrap();
+    let mut sweeper = sweeper(world);
     prune::round(&mut sweeper, config, &stop).unwrap()
 }
 
@@ -111,7 +116,7 @@ fn a_dead_letters_reason_outlives_its_attempts_until_it_is_applied() {
         "insert into ackonce.ledger values (now() - interval '65 min', 1, 'other', sha256('x'))",
     );
     let (_stopper, stop) = stop::pair();
-    let mut sweeper = Sweeper::open(&world.postgres()).unwrap();
+    let mut sweeper = sweeper(&world);
     let counted = prune::count(&mut sweeper, &hourly(100), HOUR, &stop).unwrap();
     let expected = Round::Through(Counts {
         ledger: 2,
@@ -162,7 +167,7 @@ fn a_ledger_that_is_too_large_for_one_round_is_swept_in_several() {
 fn one_at_a_time_prunes_and_its_end_lets_the_next_one() {
     let world = World::migrated();
     applied(&world, "m", 10, "2 hours");
-    let mut other = Sweeper::open(&world.postgres()).unwrap();
+    let mut other = sweeper(&world);
     assert!(other.lock().unwrap());
     assert_eq!(round(&world, &hourly(100)), Round::Busy);
     assert_eq!(world.db.count("select count(*) from ackonce.ledger"), 10);
@@ -193,7 +198,7 @@ fn a_round_that_is_told_to_stop_ends_after_one_batch_and_is_continued() {
     applied(&world, "m", 1_000, "2 hours");
     let (stopper, stop) = stop::pair();
     drop(stopper);
-    let mut sweeper = Sweeper::open(&world.postgres()).unwrap();
+    let mut sweeper = sweeper(&world);
     let stopped = prune::round(&mut sweeper, &hourly(10), &stop).unwrap();
     let ten = Counts {
         ledger: 10,
@@ -368,7 +373,7 @@ fn by_hand_less_than_the_retention_needs_a_yes() {
 #[test]
 fn by_hand_it_waits_for_nobody() {
     let world = World::migrated();
-    let mut other = Sweeper::open(&world.postgres()).unwrap();
+    let mut other = sweeper(&world);
     assert!(other.lock().unwrap());
     let output = ackonce(&world, &world.orders(), &["ledger", "prune"]);
     assert_eq!(output.status.code(), Some(75), "{}", said(&output));

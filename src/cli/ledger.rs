@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::migrate::report;
+use super::migrate::{open_current, report};
 use super::{ConfigArgument, Exit, output};
 use crate::config::{format_duration, read_duration};
 use crate::ledger;
@@ -108,7 +108,7 @@ fn prune(arguments: &PruneArguments) -> Result<Exit, Exit> {
         eprintln!("ackonce: failed to handle signals: {error}");
         Exit::System
     })?;
-    let mut sweeper = Sweeper::open(&config.postgres).map_err(|e| report(&e))?;
+    let mut sweeper = Sweeper::new(open_current(&config, "prune")?);
     let uncovered = sweeper.uncovered(retention).map_err(|e| report(&e))?;
     for letters in &uncovered {
         let text = prune::warning(letters, retention);

@@ -6,6 +6,7 @@ pub mod ledger;
 pub mod migrate;
 pub mod publish;
 pub mod run;
+pub mod why;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -78,6 +79,8 @@ pub enum Command {
     Migrate(migrate::Arguments),
     /// Look after the ledger
     Ledger(ledger::Arguments),
+    /// Tell what became of one message
+    Why(why::Arguments),
     /// Publish messages, each confirmed by the broker: for tests and repairs
     Publish(publish::Arguments),
 }
@@ -137,6 +140,7 @@ pub fn main() -> Exit {
         Command::Check(arguments) => check::run(&arguments),
         Command::Migrate(arguments) => migrate::run(&arguments),
         Command::Ledger(arguments) => ledger::run(&arguments),
+        Command::Why(arguments) => why::run(&arguments),
         Command::Publish(arguments) => publish::run(&arguments),
     };
     result.unwrap_or_else(|exit| exit)

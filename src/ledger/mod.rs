@@ -7,6 +7,7 @@
 mod journal;
 pub mod prune;
 mod schema;
+pub mod story;
 mod suspect;
 
 use std::collections::{HashMap, HashSet};

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use sqlx::Row;
 
-use crate::config::checked;
 use crate::postgres::{Error, Session};
 
 /// The advisory lock of whoever prunes: "ackonce" and a one. Held by the
@@ -137,14 +136,10 @@ pub struct Sweeper {
 }
 
 impl Sweeper {
-    /// Connects.
-    ///
-    /// # Errors
-    ///
-    /// As [`Session::open`].
-    pub fn open(config: &checked::Postgres) -> Result<Self, Error> {
-        let session = Session::open(config, "prune")?;
-        Ok(Self { session })
+    /// On a session of its own: what is locked is locked for its life.
+    #[must_use]
+    pub fn new(session: Session) -> Self {
+        Self { session }
     }
 
     /// Whether nobody else prunes this ledger, until [`Self::unlock`] or the
