@@ -15,7 +15,7 @@ use crossbeam_channel::{Receiver, bounded, select};
 use crate::backoff::Backoff;
 use crate::broker::connection::{self, Link};
 use crate::broker::consumer::{self, End, Feed};
-use crate::broker::topology::TopologyError;
+use crate::broker::topology::{self, TopologyError};
 use crate::config::checked;
 use crate::handler;
 use crate::ledger::{self, Schema};
@@ -251,11 +251,29 @@ impl Runner {
             Ok(link) => link,
             Err(next) => return Ok(next),
         };
+        if let Err(error) = topology::prepare(
+            &mut link,
+            &self.config.broker,
+            &self.consumer,
+            CHANNEL_WITHIN,
+        ) {
+            link.abandon(());
+            return match &error {
+                // What changes under a running daemon may change back.
+                _ if *declared => Ok(Next::Reconnect(error.to_string())),
+                error if error.is_config() => Err(Fatal::Config(error.to_string())),
+                TopologyError::Denied { .. } => Err(Fatal::Denied(error.to_string())),
+                _ => Ok(Next::Reconnect(error.to_string())),
+            };
+        }
+        *declared = true;
         let channel = match link.open_channel(CHANNEL_WITHIN) {
             Ok(channel) => channel,
             Err(error) => return Ok(Next::Reconnect(error.to_string())),
         };
         let feed = Feed {
+            broker: &self.config.broker,
+            backoff: backoff(&self.config),
             consumer: &self.consumer,
             epoch,
             inbox: &mut pool.inbox,
@@ -269,29 +287,22 @@ impl Runner {
         };
         let end = consumer::run(&link, &channel, feed);
         let closed = link.close_with(channel, CLOSE_WITHIN);
-        *declared |= end.is_ok();
-        match end {
-            Ok(End::Stopped { unfinished: 0 }) => Ok(Next::Stopped),
-            Ok(End::Stopped { unfinished }) => {
+        Ok(match end {
+            End::Stopped { unfinished: 0 } => Next::Stopped,
+            End::Stopped { unfinished } => {
                 log::warn!(
                     consumer = self.consumer.name.as_str(), deliveries = unfinished;
                     "shutdown_timeout ran out: what is still in work goes back to the queue"
                 );
-                Ok(Next::Stopped)
+                Next::Stopped
             }
-            Ok(End::Panicked) => Ok(Next::Restart),
+            End::Panicked => Next::Restart,
             // Why a connection died, only its close can tell.
-            Ok(End::Lost(what)) => Ok(Next::Reconnect(match closed {
+            End::Lost(what) => Next::Reconnect(match closed {
                 Ok(()) => what,
                 Err(cause) => format!("{what}: {cause}"),
-            })),
-            // What changes under a running daemon may change back.
-            Err(error) => match (&error, *declared) {
-                (TopologyError::Mismatch { .. }, false) => Err(Fatal::Config(error.to_string())),
-                (TopologyError::Denied { .. }, false) => Err(Fatal::Denied(error.to_string())),
-                _ => Ok(Next::Reconnect(error.to_string())),
-            },
-        }
+            }),
+        })
     }
 
     /// A new connection, or what there is to do without one.

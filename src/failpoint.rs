@@ -5,6 +5,9 @@
 //! unless told otherwise) the process kills itself with SIGKILL; or, with
 //! `pause`, the thread makes the file `$ACKONCE_FAILPOINT_FILE.hit` and waits
 //! until the file `$ACKONCE_FAILPOINT_FILE` exists.
+//!
+//! `ACKONCE_POISON=TEXT`: the process kills itself before the handler is run
+//! with a body that holds TEXT. `ACKONCE_POISON_PANIC=TEXT`: the worker panics.
 
 /// The steps of the pipeline after which the process can be made to die.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +35,13 @@ pub enum Step {
 #[inline]
 pub fn hit(_: Step) {}
 
+/// Dies here if a test asked for it and the body holds its poison.
+#[cfg(not(feature = "failpoints"))]
+#[inline]
+pub fn meet(_: &[u8]) {}
+
 #[cfg(feature = "failpoints")]
-pub use armed::hit;
+pub use armed::{hit, meet};
 
 #[cfg(feature = "failpoints")]
 mod armed {
@@ -66,9 +74,30 @@ mod armed {
         if failpoint.pause {
             pause();
         } else {
-            nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL)
-                .ok();
+            die();
         }
+    }
+
+    /// Dies here if a test asked for it and the body holds its poison.
+    pub fn meet(body: &[u8]) {
+        static POISON: OnceLock<[Option<String>; 2]> = OnceLock::new();
+        let [deadly, frightening] = POISON.get_or_init(|| {
+            ["ACKONCE_POISON", "ACKONCE_POISON_PANIC"].map(|name| std::env::var(name).ok())
+        });
+        let holds = |poison: &Option<String>| {
+            poison.as_ref().is_some_and(|poison| {
+                body.windows(poison.len().max(1))
+                    .any(|window| window == poison.as_bytes())
+            })
+        };
+        if holds(deadly) {
+            die();
+        }
+        assert!(!holds(frightening), "a test asked for a panic");
+    }
+
+    fn die() {
+        nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL).ok();
     }
 
     fn from_environment() -> Option<Failpoint> {

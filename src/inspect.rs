@@ -301,23 +301,30 @@ fn broker(config: &checked::Config, findings: &mut Findings) {
     );
     for consumer in &config.consumers {
         let subject = format!("topology of {}", consumer.name);
-        match topology::inspect(&mut link, &consumer.topology, CALL_WITHIN) {
-            Ok(missing) if missing.is_empty() => {
-                findings.add(&subject, Severity::Good, "exists as configured");
-            }
-            Ok(missing) => {
-                let text = format!("`ackonce run` will declare {}", missing.join(", "));
-                findings.add(&subject, Severity::Good, text);
-            }
-            Err(error) => {
-                let severity = match error {
-                    TopologyError::Mismatch { .. } => Severity::Wrong,
-                    TopologyError::Denied { .. } => Severity::Denied,
-                    TopologyError::Lost { .. } => Severity::Unreachable,
+        match topology::inspect(&mut link, consumer, CALL_WITHIN) {
+            Ok(found) => {
+                let text = match found.missing.as_slice() {
+                    [] => "exists as configured".to_owned(),
+                    missing => format!("`ackonce run` will declare {}", missing.join(", ")),
                 };
-                findings.add(&subject, severity, error.to_string());
+                findings.add(&subject, Severity::Good, text);
+                if let Some(unproved) = found.unproved {
+                    let subject = format!("dead letters of {}", consumer.name);
+                    findings.add(&subject, Severity::Good, unproved);
+                }
             }
+            Err(error) => findings.add(&subject, topology_severity(&error), error.to_string()),
         }
+    }
+}
+
+fn topology_severity(error: &TopologyError) -> Severity {
+    match error {
+        TopologyError::Mismatch { .. }
+        | TopologyError::Missing { .. }
+        | TopologyError::Nowhere { .. } => Severity::Wrong,
+        TopologyError::Denied { .. } => Severity::Denied,
+        TopologyError::Lost { .. } => Severity::Unreachable,
     }
 }
 

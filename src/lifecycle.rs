@@ -12,7 +12,11 @@
 //!     │         │      └──► Settled(Ack): found        └────────────────┘
 //!     ▼         ▼           in the ledger, or marked done
 //!  Journaling(reason) ──► Settled(Reject)        Settled(Requeue): on a stop
+//!  Deferring ──► Settled(Retry)                  or a pause
 //! ```
+//!
+//! A failed attempt that may succeed later leads from Recorded or Applied to
+//! Deferring, any other end of a message to Journaling.
 //!
 //! Batches, leases, splitting and waiting are the pipeline's: they choose which
 //! event comes next, never what it means.
@@ -42,6 +46,9 @@ pub enum State {
     InDoubt,
     /// It is to be dead-lettered as soon as the reason is in the journal.
     Journaling(DeadReason),
+    /// It is to be tried again later, as soon as the failed attempt is in the
+    /// journal.
+    Deferring,
     /// The broker has been told; nothing may happen any more.
     Settled(Settlement),
 }
@@ -87,20 +94,24 @@ pub enum Event {
     Succeeded,
     /// The attempt failed, with this delivery alone in the transaction.
     Failed(Class),
-    /// The attempt failed for somebody in the batch; who, is not known yet.
+    /// The attempt failed, with this delivery alone in the transaction, and it
+    /// was the last one it had.
+    Exhausted,
+    /// The attempt failed for somebody in the batch; who, is not known yet. Or
+    /// the transaction lost a race with another one.
     BatchFailed,
     /// COMMIT returned.
     Committed,
     /// COMMIT was sent and its reply never came.
     CommitUnknown,
-    /// No attempt is left. An attempt is one that reached the handler: waiting
-    /// for another worker's row costs none.
-    Exhausted,
-    /// The reason stands in the failure journal.
+    /// Its worker died too often while it was in work.
+    Quarantined,
+    /// The reason, or the failed attempt, stands in the failure journal.
     Journaled,
-    /// The reason could not be written.
+    /// It could not be written.
     JournalFailed,
-    /// The daemon stops, or the delivery's connection is gone.
+    /// The daemon stops, the consumer pauses, or the delivery's connection is
+    /// gone.
     Stopping,
 }
 
@@ -121,6 +132,8 @@ pub enum Action {
     Rollback,
     /// Write the reason into the failure journal.
     Journal(DeadReason),
+    /// Write the failed attempt into the failure journal.
+    JournalAttempt,
     /// Tell Redis that the id is applied.
     MarkDone,
     /// Give the claim back, if it is still ours.
@@ -158,6 +171,7 @@ pub fn step(state: State, event: Event) -> Result<Step, Illegal> {
         State::Applied => applied(event),
         State::InDoubt => in_doubt(event),
         State::Journaling(reason) => journaling(reason, event),
+        State::Deferring => deferring(event),
         State::Settled(_) => None,
     }
     .ok_or(Illegal { state, event })
@@ -185,7 +199,7 @@ fn received(event: Event) -> Option<Step> {
         never![
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
-            Inserted Found Succeeded Failed BatchFailed Exhausted
+            Inserted Found Succeeded Failed Exhausted BatchFailed Quarantined
             Committed CommitUnknown
             Journaled JournalFailed
         ] => None,
@@ -201,7 +215,7 @@ fn joined(event: Event) -> Option<Step> {
         never![
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
-            Inserted Found Succeeded Failed BatchFailed Exhausted
+            Inserted Found Succeeded Failed Exhausted BatchFailed Quarantined
             Committed CommitUnknown
             Journaled JournalFailed
         ] => None,
@@ -219,7 +233,7 @@ fn claiming(event: Event) -> Option<Step> {
             Identified Collided Unusable
             LookAgain
             OwnerApplied OwnerGaveUp
-            Inserted Found Succeeded Failed BatchFailed Exhausted
+            Inserted Found Succeeded Failed Exhausted BatchFailed Quarantined
             Committed CommitUnknown
             Journaled JournalFailed
         ] => None,
@@ -238,7 +252,7 @@ fn parked(event: Event) -> Option<Step> {
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone
             OwnerApplied OwnerGaveUp
-            Inserted Succeeded Failed BatchFailed Exhausted
+            Inserted Succeeded Failed Exhausted BatchFailed Quarantined
             Committed CommitUnknown
             Journaled JournalFailed
         ] => None,
@@ -251,14 +265,15 @@ fn recording(event: Event) -> Option<Step> {
         Event::Found(Body::Same) => Some(marked()),
         Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
         Event::Failed(Class::Permanent) => Some(refused()),
+        // The handler has not run: what may pass is waited for.
         Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
-        Event::Exhausted => Some(dead(DeadReason::Rejected)),
+        Event::Quarantined => Some(dead(DeadReason::CrashLoop)),
         Event::Stopping => Some(released()),
         never![
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
-            Succeeded
+            Succeeded Exhausted
             Committed CommitUnknown
             Journaled JournalFailed
         ] => None,
@@ -269,12 +284,14 @@ fn recorded(event: Event) -> Option<Step> {
     match event {
         Event::Succeeded => Some((State::Applied, &[Action::Commit])),
         Event::Failed(Class::Permanent) => Some(refused()),
-        Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
+        Event::Failed(Class::Transient) => Some(deferred()),
+        Event::Exhausted => Some(used_up()),
+        Event::Failed(Class::Systemic) | Event::BatchFailed => Some(again()),
         never![
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
-            Inserted Found Exhausted
+            Inserted Found Quarantined
             Committed CommitUnknown
             Journaled JournalFailed
             Stopping
@@ -290,12 +307,14 @@ fn applied(event: Event) -> Option<Step> {
         // Nothing is rolled back: COMMIT is out of our hands.
         Event::CommitUnknown => Some((State::InDoubt, &[Action::Record])),
         Event::Failed(Class::Permanent) => Some(refused()),
-        Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
+        Event::Failed(Class::Transient) => Some(deferred()),
+        Event::Exhausted => Some(used_up()),
+        Event::Failed(Class::Systemic) | Event::BatchFailed => Some(again()),
         never![
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
-            Inserted Found Succeeded Exhausted
+            Inserted Found Succeeded Quarantined
             Journaled JournalFailed
             Stopping
         ] => None,
@@ -313,12 +332,12 @@ fn in_doubt(event: Event) -> Option<Step> {
         // message could be applied and dead-lettered both.
         Event::Failed(Class::Permanent | Class::Transient | Class::Systemic)
         | Event::BatchFailed => Some((State::InDoubt, &[Action::Rollback, Action::Record])),
-        Event::Exhausted | Event::Stopping => Some(released()),
+        Event::Stopping => Some(released()),
         never![
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
-            Succeeded
+            Succeeded Exhausted Quarantined
             Committed CommitUnknown
             Journaled JournalFailed
         ] => None,
@@ -337,7 +356,27 @@ fn journaling(reason: DeadReason, event: Event) -> Option<Step> {
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
-            Inserted Found Succeeded Failed BatchFailed Exhausted
+            Inserted Found Succeeded Failed Exhausted BatchFailed Quarantined
+            Committed CommitUnknown
+        ] => None,
+    }
+}
+
+fn deferring(event: Event) -> Option<Step> {
+    match event {
+        // The claim is given back first: whoever gets the copy must not wait
+        // for a lease.
+        Event::Journaled => Some((
+            State::Settled(Settlement::Retry),
+            &[Action::Release, Action::Settle(Settlement::Retry)],
+        )),
+        Event::JournalFailed => Some((State::Deferring, &[Action::JournalAttempt])),
+        Event::Stopping => Some(released()),
+        never![
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Inserted Found Succeeded Failed Exhausted BatchFailed Quarantined
             Committed CommitUnknown
         ] => None,
     }
@@ -386,6 +425,20 @@ fn refused() -> Step {
     )
 }
 
+fn used_up() -> Step {
+    (
+        State::Journaling(DeadReason::MaxAttempts),
+        &[Action::Rollback, Action::Journal(DeadReason::MaxAttempts)],
+    )
+}
+
+fn deferred() -> Step {
+    (
+        State::Deferring,
+        &[Action::Rollback, Action::JournalAttempt],
+    )
+}
+
 fn dead(reason: DeadReason) -> Step {
     let actions: &'static [Action] = match reason {
         DeadReason::Rejected => &[Action::Journal(DeadReason::Rejected)],
@@ -400,225 +453,4 @@ fn dead(reason: DeadReason) -> Step {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const REASONS: [DeadReason; 7] = [
-        DeadReason::Rejected,
-        DeadReason::MaxAttempts,
-        DeadReason::CrashLoop,
-        DeadReason::MissingId,
-        DeadReason::IdConflict,
-        DeadReason::TooLarge,
-        DeadReason::BadHeader,
-    ];
-
-    fn states() -> Vec<State> {
-        let mut states = vec![
-            State::Received,
-            State::Joined,
-            State::Claiming,
-            State::Parked,
-            State::Recording,
-            State::Recorded,
-            State::Applied,
-            State::InDoubt,
-            State::Settled(Settlement::Ack),
-            State::Settled(Settlement::Reject),
-            State::Settled(Settlement::Requeue),
-        ];
-        states.extend(REASONS.map(State::Journaling));
-        states
-    }
-
-    fn events() -> Vec<Event> {
-        let mut events = vec![
-            Event::Identified,
-            Event::Collided,
-            Event::ClaimWon,
-            Event::ClaimHeld,
-            Event::ClaimUnavailable,
-            Event::LookAgain,
-            Event::OwnerGaveUp,
-            Event::Inserted,
-            Event::Succeeded,
-            Event::Failed(Class::Transient),
-            Event::Failed(Class::Permanent),
-            Event::Failed(Class::Systemic),
-            Event::BatchFailed,
-            Event::Committed,
-            Event::CommitUnknown,
-            Event::Exhausted,
-            Event::Journaled,
-            Event::JournalFailed,
-            Event::Stopping,
-        ];
-        events.extend(REASONS.map(Event::Unusable));
-        for body in [Body::Same, Body::Other] {
-            events.extend([
-                Event::MarkedDone(body),
-                Event::OwnerApplied(body),
-                Event::Found(body),
-            ]);
-        }
-        events
-    }
-
-    /// Every legal step, as `(state, event)` to the next state.
-    fn legal() -> Vec<(State, Event, State)> {
-        use Class::{Permanent, Systemic, Transient};
-        use Event::*;
-        use State::*;
-        const ACK: State = Settled(Settlement::Ack);
-        const REQUEUE: State = Settled(Settlement::Requeue);
-        const CONFLICT: State = Journaling(DeadReason::IdConflict);
-        const REJECTED: State = Journaling(DeadReason::Rejected);
-
-        let mut table = vec![
-            (Received, Identified, Claiming),
-            (Received, Collided, Joined),
-            (Received, Stopping, REQUEUE),
-            (Joined, OwnerApplied(Body::Same), ACK),
-            (Joined, OwnerApplied(Body::Other), CONFLICT),
-            (Joined, OwnerGaveUp, Claiming),
-            (Joined, Stopping, REQUEUE),
-            (Claiming, ClaimWon, Recording),
-            (Claiming, ClaimUnavailable, Recording),
-            (Claiming, ClaimHeld, Parked),
-            (Claiming, MarkedDone(Body::Same), ACK),
-            (Claiming, MarkedDone(Body::Other), CONFLICT),
-            (Claiming, Stopping, REQUEUE),
-            (Parked, LookAgain, Claiming),
-            (Parked, Found(Body::Same), ACK),
-            (Parked, Found(Body::Other), CONFLICT),
-            (Parked, Stopping, REQUEUE),
-            (Recording, Inserted, Recorded),
-            (Recording, Found(Body::Same), ACK),
-            (Recording, Found(Body::Other), CONFLICT),
-            (Recording, Failed(Permanent), REJECTED),
-            (Recording, Failed(Transient), Recording),
-            (Recording, Failed(Systemic), Recording),
-            (Recording, BatchFailed, Recording),
-            (Recording, Exhausted, REJECTED),
-            (Recording, Stopping, REQUEUE),
-            (Recorded, Succeeded, Applied),
-            (Recorded, Failed(Permanent), REJECTED),
-            (Recorded, Failed(Transient), Recording),
-            (Recorded, Failed(Systemic), Recording),
-            (Recorded, BatchFailed, Recording),
-            (Applied, Committed, ACK),
-            (Applied, CommitUnknown, InDoubt),
-            (Applied, Failed(Permanent), REJECTED),
-            (Applied, Failed(Transient), Recording),
-            (Applied, Failed(Systemic), Recording),
-            (Applied, BatchFailed, Recording),
-            (InDoubt, Inserted, Recorded),
-            (InDoubt, Found(Body::Same), ACK),
-            (InDoubt, Found(Body::Other), CONFLICT),
-            (InDoubt, Failed(Permanent), InDoubt),
-            (InDoubt, Failed(Transient), InDoubt),
-            (InDoubt, Failed(Systemic), InDoubt),
-            (InDoubt, BatchFailed, InDoubt),
-            (InDoubt, Exhausted, REQUEUE),
-            (InDoubt, Stopping, REQUEUE),
-        ];
-        for reason in REASONS {
-            table.extend([
-                (Received, Unusable(reason), Journaling(reason)),
-                (Journaling(reason), Journaled, Settled(Settlement::Reject)),
-                (Journaling(reason), JournalFailed, Journaling(reason)),
-                (Journaling(reason), Stopping, REQUEUE),
-            ]);
-        }
-        table
-    }
-
-    /// Every pair of a state and an event that steps, with its step.
-    fn steps() -> Vec<(State, Event, Step)> {
-        states()
-            .into_iter()
-            .flat_map(|state| events().into_iter().map(move |event| (state, event)))
-            .filter_map(|(state, event)| Some((state, event, step(state, event).ok()?)))
-            .collect()
-    }
-
-    #[test]
-    fn every_pair_of_state_and_event_steps_as_the_table_says_or_is_illegal() {
-        let table = legal();
-        for state in states() {
-            for event in events() {
-                let next = step(state, event).map(|(next, _)| next);
-                let wanted = table
-                    .iter()
-                    .find(|(from, by, _)| (*from, *by) == (state, event))
-                    .map(|(_, _, to)| *to)
-                    .ok_or(Illegal { state, event });
-                assert_eq!(next, wanted, "{event:?} in {state:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_settled_delivery_never_moves() {
-        for (state, event, _) in steps() {
-            assert!(!matches!(state, State::Settled(_)), "moved by {event:?}");
-        }
-    }
-
-    #[test]
-    fn the_broker_is_told_once_and_last_and_what_the_state_says() {
-        for (state, event, (next, actions)) in steps() {
-            let told: Vec<Action> = actions
-                .iter()
-                .copied()
-                .filter(|action| matches!(action, Action::Settle(_)))
-                .collect();
-            let wanted = match next {
-                State::Settled(settlement) => vec![Action::Settle(settlement)],
-                _ => vec![],
-            };
-            assert_eq!(told, wanted, "{event:?} in {state:?}");
-            if let Some(settle) = told.last() {
-                assert_eq!(actions.last(), Some(settle), "{event:?} in {state:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn only_news_of_a_committed_row_leads_to_an_ack() {
-        for (state, event, (next, _)) in steps() {
-            if next == State::Settled(Settlement::Ack) {
-                let committed = matches!(
-                    event,
-                    Event::Committed
-                        | Event::Found(Body::Same)
-                        | Event::MarkedDone(Body::Same)
-                        | Event::OwnerApplied(Body::Same)
-                );
-                assert!(committed, "{event:?} in {state:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn only_a_committed_row_of_this_body_is_marked_done() {
-        for (state, event, (_, actions)) in steps() {
-            if actions.contains(&Action::MarkDone) {
-                let committed = matches!(event, Event::Committed | Event::Found(Body::Same));
-                assert!(committed, "{event:?} in {state:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn an_illegal_step_names_its_state_and_event() {
-        let illegal = Illegal {
-            state: State::Parked,
-            event: Event::Committed,
-        };
-        assert_eq!(
-            illegal.to_string(),
-            "illegal transition: Committed in state Parked"
-        );
-    }
-}
+mod tests;

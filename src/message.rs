@@ -64,6 +64,14 @@ pub const ROUTING_KEY_HEADER: &str = "ackonce-routing-key";
 /// Header of a dead letter that the daemon published itself: the [`DeadReason`].
 pub const REASON_HEADER: &str = "ackonce-reason";
 
+/// Header of a copy: the `user_id` property of the message, which the broker
+/// lets nobody else publish.
+pub const USER_ID_HEADER: &str = "ackonce-user-id";
+
+/// Header of a copy: the header `CC` of the message, by which the broker would
+/// route the copy to other queues again.
+pub const CC_HEADER: &str = "ackonce-cc";
+
 /// Which connection a delivery came over. A delivery tag means nothing without
 /// it: after a reconnect the same tag is another message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -112,10 +120,6 @@ pub struct Settled {
 pub struct Parcel {
     /// The body, as published.
     pub body: Vec<u8>,
-    /// Exchange it was first published to, as in [`Message::exchange`].
-    pub exchange: String,
-    /// Routing key it was first published with.
-    pub routing_key: String,
     /// Attempts made so far, for [`ATTEMPTS_HEADER`].
     pub attempts: u32,
     /// What the copy is for.

@@ -6,11 +6,13 @@
 //! optimisation: one that fails is rolled back and halved until the message at
 //! fault stands alone.
 
+mod apply;
 mod item;
+mod suspects;
 mod verdict;
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -22,11 +24,10 @@ use crate::failpoint::{self, Step};
 use crate::failure::{Class, Failure};
 use crate::flights::Flights;
 use crate::gate::Gate;
-use crate::handler::{Handler, Work};
-use crate::ledger::{CommitError, Ledger, Record};
+use crate::handler::Handler;
+use crate::ledger::Ledger;
 use crate::lifecycle::Event;
-use crate::message::{Delivery, Fingerprint, MessageId, Settled};
-use crate::postgres::Error;
+use crate::message::{Delivery, MessageId, Settled};
 use crate::random;
 use crate::stop::Stop;
 
@@ -36,10 +37,6 @@ use verdict::Verdict;
 
 /// Most body bytes in one transaction; a single larger message stands alone.
 const BATCH_BYTES_MAX: usize = 16 << 20;
-
-/// Tries of the handler for one message whose failure may pass: with the
-/// waits between them about two seconds for one that fails at once.
-const ATTEMPTS_MAX: u32 = 5;
 
 /// What a worker shares with the rest of its consumer.
 #[derive(Clone)]
@@ -52,6 +49,9 @@ pub struct Shared {
     pub flights: Arc<Flights<Item>>,
     /// Whether the consumer takes messages.
     pub gate: Arc<Gate>,
+    /// Held while a message is run that may kill its worker: then a death is
+    /// that one's alone.
+    pub suspects: Arc<Mutex<()>>,
     /// Whether to finish what is begun and begin nothing more.
     pub stop: Stop,
     /// The consumer's configuration.
@@ -72,31 +72,17 @@ pub struct Worker {
     heirs: VecDeque<Item>,
     /// Deliveries for the next transaction of the current batch.
     again: Vec<Item>,
+    /// Deliveries of the current batch whose attempt failed, and may succeed
+    /// later.
+    failed: Vec<Item>,
+    /// Claims of the current batch.
+    tokens: Vec<Token>,
+    /// A lost session was replaced, and nothing has succeeded since.
+    reconnected: bool,
+    /// Batches tried since the gate was closed.
+    trials: u32,
     /// What the current batch has decided and not yet told.
     verdict: Verdict,
-}
-
-/// How often a batch that fails for a fault of the world's is tried whole,
-/// before its halves are tried each for itself.
-const TRIES_TOGETHER: u32 = 3;
-
-/// Where a try failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// Before the handler: nothing of the message's content was looked at.
-    Ledger,
-    /// In the handler, or in the commit of what it did.
-    Handler,
-}
-
-/// How one try of a batch in one transaction ended.
-enum Tried {
-    /// Every item has been dealt with.
-    Through,
-    /// Somebody in the batch is at fault.
-    Split,
-    /// Nobody is: the same again, after a while.
-    Wait(Failure, Stage),
 }
 
 impl Worker {
@@ -116,6 +102,10 @@ impl Worker {
             parked: Vec::new(),
             heirs: VecDeque::new(),
             again: Vec::new(),
+            failed: Vec::new(),
+            tokens: Vec::new(),
+            reconnected: false,
+            trials: 0,
             verdict: Verdict::default(),
         }
     }
@@ -127,10 +117,19 @@ impl Worker {
             let due = self.look_again();
             let heirs = std::mem::take(&mut self.heirs);
             let claiming: Vec<Item> = fresh.into_iter().chain(due).chain(heirs).collect();
-            let token = self.process(claiming);
+            let recording = self.claim(claiming);
+            self.apply(recording);
             self.tell();
-            if let (Some(claims), Some(token)) = (&mut self.claims, &token) {
-                claims.finish(token);
+            for token in self.tokens.drain(..) {
+                if let Some(claims) = &mut self.claims {
+                    claims.finish(&token);
+                }
+            }
+            if self.shared.gate.is_closed() {
+                // Nothing that is tried now succeeds: no haste.
+                let delay = self.shared.backoff.delay(self.trials, random::draw());
+                self.trials = self.trials.saturating_add(1);
+                let _stopping = self.shared.stop.wait(delay);
             }
             if self.shared.stop.is_set() {
                 self.hand_back();
@@ -155,7 +154,11 @@ impl Worker {
         let mut bytes = 0;
         let mut batch = Vec::new();
         batch.extend(first.inspect(|d| bytes += d.message.body.len()));
-        while batch.len() < self.shared.consumer.batch_max && bytes < BATCH_BYTES_MAX {
+        let most = match self.shared.gate.is_closed() {
+            true => 1,
+            false => self.shared.consumer.batch_max,
+        };
+        while batch.len() < most && bytes < BATCH_BYTES_MAX {
             let Ok(delivery) = self.shared.inbox.try_recv() else {
                 break;
             };
@@ -240,16 +243,17 @@ impl Worker {
         undecided
     }
 
-    fn process(&mut self, claiming: Vec<Item>) -> Option<Token> {
-        let (token, recording) = self.claim(claiming);
-        self.apply(recording);
-        token
+    /// One more message to try while others wait for the world, if there is one.
+    fn take_probe(&mut self) -> Vec<Item> {
+        let delivery = self.shared.inbox.try_recv().ok();
+        let fresh = self.identify(delivery.into_iter().collect());
+        self.claim(fresh)
     }
 
     /// 3. Claims the ids in Redis, and goes on without where Redis is away.
-    fn claim(&mut self, mut items: Vec<Item>) -> (Option<Token>, Vec<Item>) {
+    fn claim(&mut self, mut items: Vec<Item>) -> Vec<Item> {
         if items.is_empty() {
-            return (None, items);
+            return items;
         }
         let answer = self.ask_redis(&items);
         failpoint::hit(Step::Claimed);
@@ -257,7 +261,7 @@ impl Worker {
             for item in &mut items {
                 item.on(Event::ClaimUnavailable);
             }
-            return (None, items);
+            return items;
         };
         let mut recording = Vec::with_capacity(items.len());
         for (mut item, answer) in items.into_iter().zip(answers) {
@@ -278,7 +282,8 @@ impl Worker {
                 Claim::Held => self.advance(item, Event::ClaimHeld),
             }
         }
-        (Some(token), recording)
+        self.tokens.push(token);
+        recording
     }
 
     fn ask_redis(&mut self, items: &[Item]) -> Option<(Token, Vec<Claim>)> {
@@ -288,184 +293,5 @@ impl Worker {
         claims.set_ledger(&registration.ledger_id);
         let ids: Vec<&MessageId> = items.iter().filter_map(|item| item.id.as_ref()).collect();
         claims.claim(&ids)
-    }
-
-    /// 4 to 6. Applies `items` in as few transactions as the messages at fault
-    ///    allow. What has to wait goes behind what need not.
-    fn apply(&mut self, items: Vec<Item>) {
-        let mut groups = VecDeque::from([items]);
-        let mut tries = 0;
-        while let Some(mut items) = groups.pop_front() {
-            items.sort_unstable_by(|a, b| a.id.cmp(&b.id));
-            let tried = self.attempt(&mut items);
-            items.append(&mut self.again);
-            match tried {
-                Tried::Through if items.is_empty() => {}
-                Tried::Through => groups.push_front(items),
-                Tried::Split => {
-                    let rest = items.split_off(items.len() / 2);
-                    groups.push_front(rest);
-                    groups.push_front(items);
-                }
-                Tried::Wait(failure, stage) => {
-                    // What is decided must not wait for what is not.
-                    self.tell();
-                    if self.pause(tries, &failure) {
-                        for item in items.into_iter().chain(groups.drain(..).flatten()) {
-                            self.advance(item, Event::Stopping);
-                        }
-                        return;
-                    }
-                    // The world may be broken for one message alone.
-                    if stage == Stage::Handler && tries >= TRIES_TOGETHER && items.len() > 1 {
-                        groups.push_back(items.split_off(items.len() / 2));
-                    }
-                    groups.push_back(items);
-                    tries += 1;
-                }
-            }
-        }
-    }
-
-    /// One transaction. Items that are dealt with leave `items`.
-    fn attempt(&mut self, items: &mut Vec<Item>) -> Tried {
-        match self.record(items) {
-            Ok(()) => {}
-            Err(error) => return self.undo(items, error, Stage::Ledger),
-        }
-        failpoint::hit(Step::Recorded);
-        if items.is_empty() {
-            self.ledger.rollback();
-            return Tried::Through;
-        }
-        match self.run_handler(items) {
-            Ok(()) => {}
-            Err(error) => return self.undo(items, error, Stage::Handler),
-        }
-        failpoint::hit(Step::Applied);
-        match self.ledger.commit() {
-            Ok(()) => {
-                failpoint::hit(Step::Committed);
-                for item in items.drain(..) {
-                    self.advance(item, Event::Committed);
-                }
-                Tried::Through
-            }
-            Err(CommitError::Refused(failure)) => {
-                self.undo(items, Error::Refused(failure), Stage::Handler)
-            }
-            Err(CommitError::Unknown(cause)) => {
-                for item in items.iter_mut() {
-                    item.on(Event::CommitUnknown);
-                }
-                Tried::Wait(Error::Lost(cause).into_failure(), Stage::Ledger)
-            }
-        }
-    }
-
-    /// 4. Inserts the ledger rows. Duplicates and conflicts leave `items`.
-    fn record(&mut self, items: &mut Vec<Item>) -> Result<(), Error> {
-        self.ledger.begin()?;
-        let entries: Vec<(&MessageId, Fingerprint)> = items
-            .iter()
-            .filter_map(|item| Some((item.id.as_ref()?, item.fingerprint)))
-            .collect();
-        let records = self.ledger.record(&entries)?;
-        for (mut item, record) in std::mem::take(items).into_iter().zip(records) {
-            match record {
-                Record::Inserted => {
-                    item.on(Event::Inserted);
-                    items.push(item);
-                }
-                Record::Found(print) => {
-                    let body = item.compare(print);
-                    self.advance(item, Event::Found(body));
-                }
-                Record::Vanished => self.again.push(item),
-            }
-        }
-        Ok(())
-    }
-
-    /// 5. Runs the handler on the fresh messages.
-    fn run_handler(&mut self, items: &mut [Item]) -> Result<(), Error> {
-        let work: Vec<Work<'_>> = items
-            .iter()
-            .filter_map(|item| {
-                Some(Work {
-                    message_id: item.id.as_ref()?,
-                    message: &item.delivery.message,
-                    attempt: item.attempt,
-                })
-            })
-            .collect();
-        self.handler.apply(self.ledger.session()?, &work)?;
-        for item in items {
-            item.on(Event::Succeeded);
-        }
-        Ok(())
-    }
-
-    /// Rolls back and finds out what the error asks for.
-    fn undo(&mut self, items: &mut Vec<Item>, error: Error, stage: Stage) -> Tried {
-        let lost = !matches!(error, Error::Refused(_));
-        let failure = error.into_failure();
-        // A session may itself be what is wrong, with plans that no longer fit.
-        match lost || failure.class == Class::Systemic {
-            true => self.ledger.lost(),
-            false => self.ledger.rollback(),
-        }
-        let at_fault = match stage {
-            Stage::Handler => failure.class != Class::Systemic,
-            // All that the ledger is given of a message is its id.
-            Stage::Ledger => failure.is_data_exception(),
-        };
-        if !at_fault {
-            for item in items.iter_mut() {
-                item.on(Event::Failed(Class::Systemic));
-            }
-            return Tried::Wait(failure, stage);
-        }
-        if items.len() > 1 {
-            for item in items.iter_mut() {
-                item.on(Event::BatchFailed);
-            }
-            return Tried::Split;
-        }
-        for mut item in items.drain(..) {
-            item.failure = Some(failure.clone());
-            let exhausted = failure.class == Class::Transient && item.attempt >= ATTEMPTS_MAX;
-            item.attempt += u32::from(failure.class == Class::Transient && !exhausted);
-            if exhausted {
-                item.on(Event::Failed(failure.class));
-                self.advance(item, Event::Exhausted);
-            } else {
-                self.advance(item, Event::Failed(failure.class));
-            }
-        }
-        match self.again.is_empty() {
-            true => Tried::Through,
-            false => Tried::Wait(failure, stage),
-        }
-    }
-
-    /// Waits before the next try. True when the daemon stops.
-    fn pause(&self, tries: u32, failure: &Failure) -> bool {
-        let delay = self.shared.backoff.delay(tries, random::draw());
-        // A wait that lasts is told again, ever more rarely.
-        if tries == 0 || tries.is_power_of_two() {
-            let text = match failure.class {
-                Class::Systemic => failure.text.as_str(),
-                // It is about a message, and may quote it.
-                Class::Transient | Class::Permanent => "a failure that may pass",
-            };
-            log::warn!(
-                consumer = self.shared.consumer.name.as_str(),
-                code = failure.code.as_deref().unwrap_or(""),
-                tries = tries + 1;
-                "waiting: {text}"
-            );
-        }
-        self.shared.stop.wait(delay)
     }
 }

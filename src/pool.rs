@@ -62,6 +62,7 @@ impl Pool {
             outbox: settle,
             flights: Arc::new(Flights::default()),
             gate: Arc::new(Gate::default()),
+            suspects: Arc::default(),
             stop,
             consumer: Arc::clone(consumer),
             backoff: Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max),

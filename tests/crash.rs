@@ -21,6 +21,8 @@ fn config(world: &World) -> Config {
         .set("workers", 2)
         .set("batch_max", 8)
         .set("prefetch", 64)
+        // These daemons die of the test, and not of any message.
+        .set("max_deaths", 100)
         .set("claim.lease", "1200ms")
         .set("claim.renew_every", "300ms");
     world.config().consumer(orders)

@@ -5,18 +5,24 @@ use std::time::{Duration, UNIX_EPOCH};
 use amiquip::{AmqpValue, FieldTable};
 use serde_json::{Map, Number, Value};
 
-use crate::message::{Message, Repairs, hex};
+use crate::message::{
+    ATTEMPTS_HEADER, CC_HEADER, EXCHANGE_HEADER, Message, REASON_HEADER, ROUTING_KEY_HEADER,
+    Repairs, USER_ID_HEADER, hex,
+};
 
-/// Takes the content out of a delivery and leaves the hollow shell, which is
-/// all that is needed to settle it.
+/// Takes the body out of a delivery and leaves the shell: what is needed to
+/// settle it, or to make a copy of it.
 pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> Message {
-    let properties = std::mem::take(&mut delivery.properties);
-    let exchange = std::mem::take(&mut delivery.exchange);
-    let routing_key = std::mem::take(&mut delivery.routing_key);
+    let properties = &delivery.properties;
+    let header = |name: &str| properties.headers().as_ref()?.get(name);
+    let text = |name: &str| match header(name)? {
+        AmqpValue::LongString(text) => Some(clean(text)),
+        _ => None,
+    };
     Message {
-        attempts: 0,
-        exchange: clean(&exchange),
-        routing_key: clean(&routing_key),
+        attempts: header(ATTEMPTS_HEADER).map_or(0, count),
+        exchange: text(EXCHANGE_HEADER).unwrap_or_else(|| clean(&delivery.exchange)),
+        routing_key: text(ROUTING_KEY_HEADER).unwrap_or_else(|| clean(&delivery.routing_key)),
         redelivered: delivery.redelivered,
         body: std::mem::take(&mut delivery.body),
         message_id: properties.message_id().clone(),
@@ -27,10 +33,44 @@ pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> 
         headers: properties
             .headers()
             .as_ref()
-            .map(object)
+            .map(headers)
             .unwrap_or_default(),
         repairs,
     }
+}
+
+/// A number of attempts: whatever a publisher writes there, it is a count.
+fn count(value: &AmqpValue) -> u32 {
+    let count = match value {
+        AmqpValue::ShortShortInt(count) => i64::from(*count),
+        AmqpValue::ShortShortUInt(count) => i64::from(*count),
+        AmqpValue::ShortInt(count) => i64::from(*count),
+        AmqpValue::ShortUInt(count) => i64::from(*count),
+        AmqpValue::LongInt(count) => i64::from(*count),
+        AmqpValue::LongUInt(count) => i64::from(*count),
+        AmqpValue::LongLongInt(count) => *count,
+        _ => 0,
+    };
+    u32::try_from(count.max(0)).unwrap_or(u32::MAX)
+}
+
+/// The headers as they were published: without what the daemon added to its
+/// copies, and with what it moved aside.
+fn headers(table: &FieldTable) -> Map<String, Value> {
+    let mut headers = object(table);
+    for own in [
+        ATTEMPTS_HEADER,
+        EXCHANGE_HEADER,
+        ROUTING_KEY_HEADER,
+        REASON_HEADER,
+        USER_ID_HEADER,
+    ] {
+        headers.remove(own);
+    }
+    if let Some(cc) = headers.remove(CC_HEADER) {
+        headers.insert("CC".to_owned(), cc);
+    }
+    headers
 }
 
 fn object(table: &FieldTable) -> Map<String, Value> {

@@ -5,6 +5,7 @@ pub mod confirms;
 pub mod connection;
 pub mod consumer;
 mod convert;
+mod courier;
 pub mod error;
 pub mod guard;
 pub mod outgoing;

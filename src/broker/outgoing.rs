@@ -144,6 +144,68 @@ pub(super) fn encode(message: &Outgoing) -> Result<(AmqpProperties, usize), Unfi
     Ok((properties, bytes))
 }
 
+/// Properties that came with a delivery, made persistent, and how many bytes
+/// they take; checked against the same limits as [`encode`]'s.
+pub(super) fn persist(
+    (exchange, routing_key): (&str, &str),
+    body: &[u8],
+    properties: AmqpProperties,
+) -> Result<(AmqpProperties, usize), Unfit> {
+    short("exchange", exchange)?;
+    short("routing key", routing_key)?;
+    if body.len() > BODY_MAX_BYTES {
+        return Err(Unfit::BodyTooLarge { bytes: body.len() });
+    }
+    let texts = [
+        ("content type", properties.content_type()),
+        ("content encoding", properties.content_encoding()),
+        ("correlation id", properties.correlation_id()),
+        ("reply-to", properties.reply_to()),
+        ("expiration", properties.expiration()),
+        ("message id", properties.message_id()),
+        ("type", properties.type_()),
+        ("user id", properties.user_id()),
+        ("app id", properties.app_id()),
+        ("cluster id", properties.cluster_id()),
+    ];
+    // Property flags, and the delivery mode.
+    let mut bytes = 2 + 1;
+    for (what, text) in texts {
+        bytes += text.as_ref().map_or(Ok(0), |text| short(what, text))?;
+    }
+    bytes += usize::from(properties.priority().is_some());
+    bytes += properties.timestamp().map_or(0, |_| 8);
+    bytes += properties.headers().as_ref().map_or(0, table_bytes);
+    if bytes > PROPERTIES_MAX_BYTES {
+        return Err(Unfit::PropertiesTooLarge { bytes });
+    }
+    Ok((properties.with_delivery_mode(PERSISTENT), bytes))
+}
+
+/// What a table takes on the wire. It came through the guard, so that it is no
+/// deeper than that lets in.
+fn table_bytes(table: &FieldTable) -> usize {
+    let entries = table
+        .iter()
+        .map(|(name, value)| 1 + name.len() + value_bytes(value));
+    4 + entries.sum::<usize>()
+}
+
+fn value_bytes(value: &AmqpValue) -> usize {
+    1 + match value {
+        AmqpValue::Void => 0,
+        AmqpValue::Boolean(_) | AmqpValue::ShortShortInt(_) | AmqpValue::ShortShortUInt(_) => 1,
+        AmqpValue::ShortInt(_) | AmqpValue::ShortUInt(_) => 2,
+        AmqpValue::LongInt(_) | AmqpValue::LongUInt(_) | AmqpValue::Float(_) => 4,
+        AmqpValue::DecimalValue(_) => 5,
+        AmqpValue::LongLongInt(_) | AmqpValue::Double(_) | AmqpValue::Timestamp(_) => 8,
+        AmqpValue::LongString(text) => 4 + text.len(),
+        AmqpValue::ByteArray(bytes) => 4 + bytes.len(),
+        AmqpValue::FieldArray(values) => 4 + values.iter().map(value_bytes).sum::<usize>(),
+        AmqpValue::FieldTable(table) => table_bytes(table),
+    }
+}
+
 /// The bytes a short string takes, its length byte included.
 fn short(what: &'static str, text: &str) -> Result<usize, Unfit> {
     if text.len() > SHORT_STRING_MAX_BYTES {

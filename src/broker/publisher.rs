@@ -8,7 +8,7 @@
 
 use std::time::{Duration, Instant};
 
-use amiquip::{Channel, Confirm, Publish, Return};
+use amiquip::{AmqpProperties, Channel, Confirm, Publish, Return};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use thiserror::Error;
 
@@ -136,24 +136,43 @@ impl Publisher {
     /// [`PublishError`]; the message then has no number and no fate.
     pub fn publish(&mut self, message: &Outgoing) -> Result<Seq, PublishError> {
         let (properties, property_bytes) = outgoing::encode(message)?;
-        let bytes = property_bytes + message.body.len();
+        let route = (message.exchange.as_str(), message.routing_key.as_str());
+        self.send(route, &message.body, properties, property_bytes)
+    }
+
+    /// Like [`Publisher::publish`], with properties as a delivery had them:
+    /// any AMQP type comes out as it went in. `route` is exchange and routing
+    /// key. The message becomes persistent.
+    pub(super) fn publish_copy(
+        &mut self,
+        route: (&str, &str),
+        body: &[u8],
+        properties: AmqpProperties,
+    ) -> Result<Seq, PublishError> {
+        let (properties, property_bytes) = outgoing::persist(route, body, properties)?;
+        self.send(route, body, properties, property_bytes)
+    }
+
+    fn send(
+        &mut self,
+        (exchange, routing_key): (&str, &str),
+        body: &[u8],
+        properties: AmqpProperties,
+        property_bytes: usize,
+    ) -> Result<Seq, PublishError> {
+        let bytes = property_bytes + body.len();
         self.make_room(bytes)?;
-        let likeness = self.likener.of(
-            &message.exchange,
-            &message.routing_key,
-            &message.body,
-            &properties,
-        );
+        let likeness = self.likener.of(exchange, routing_key, body, &properties);
         let Some(live) = &self.live else {
             return Err(self.lost_error());
         };
         let seq = self.book.enter(likeness, bytes);
         let watch = live.link.watch(self.limits.wait);
         let sent = live.channel.basic_publish(
-            message.exchange.as_str(),
+            exchange,
             Publish {
-                body: &message.body,
-                routing_key: message.routing_key.clone(),
+                body,
+                routing_key: routing_key.to_owned(),
                 mandatory: true,
                 immediate: false,
                 properties,

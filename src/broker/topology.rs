@@ -1,278 +1,233 @@
-//! What a consumer needs on the broker, declared: work queue, exchanges and
-//! bindings, dead-letter exchange and queue. Declaring what exists with the
-//! same arguments changes nothing; with others it is an error of the broker's
-//! that names the argument.
+//! What a consumer needs on the broker: work queue, exchanges and bindings,
+//! dead-letter exchange and queue, one queue for each delay before a retry.
+//! Made, compared or only looked for, as the configuration says; and the proof
+//! that a dead letter has somewhere to go.
+//!
+//! Declaring what exists with the same arguments changes nothing; with others
+//! it is an error of the broker's that names the argument.
+
+mod error;
+mod parts;
+mod probe;
 
 use std::time::Duration;
 
-use amiquip::{AmqpValue, Channel, ExchangeDeclareOptions, FieldTable, QueueDeclareOptions};
+use amiquip::Channel;
 
 use super::connection::Link;
-use crate::config::checked::{Binding, BindingArgument, ExchangeType, QueueType, Topology};
+use crate::config::checked::{Broker, Consumer, DeadLetters, Topology, TopologyMode};
+pub use error::TopologyError;
+use parts::Part;
+pub use probe::HEADER as PROBE_HEADER;
 
-/// Why the topology is not there.
-#[derive(Debug, thiserror::Error)]
-pub enum TopologyError {
-    /// Something of that name exists with other properties.
-    #[error(
-        "failed to declare {what}: {text}\n  hint: change the configuration to match what exists, \
-         or delete what exists if it is empty and unused"
-    )]
-    Mismatch {
-        /// Kind and name of what was declared.
-        what: String,
-        /// The broker's words.
-        text: String,
-    },
-    /// The user lacks a right.
-    #[error(
-        "failed to declare {what}: {text}\n  hint: the daemon's user needs configure, write and \
-         read permission on it"
-    )]
-    Denied {
-        /// Kind and name of what was declared.
-        what: String,
-        /// The broker's words.
-        text: String,
-    },
-    /// The connection or the channel is gone.
-    #[error("failed to declare {what}: {text}")]
-    Lost {
-        /// Kind and name of what was declared.
-        what: String,
-        /// What went wrong.
-        text: String,
-    },
+/// The queue in which messages of `topology`'s work queue wait `delay` for
+/// their retry: `orders.retry.1m30s`.
+///
+/// A copy sent there must not carry an `x-death` header: up to RabbitMQ 3.13 the
+/// broker believes it, and drops without a word what expires here and, by that
+/// header, was in the work queue before and left it for another reason than a
+/// reject (its delivery limit, say).
+#[must_use]
+pub fn retry_queue(topology: &Topology, delay: Duration) -> String {
+    topology.retry_queue(delay)
 }
 
-impl TopologyError {
-    fn new(what: &str, error: &amiquip::Error) -> Self {
-        let what = what.to_owned();
-        match error {
-            amiquip::Error::ServerClosedChannel { code, message, .. } => {
-                let text = message.clone();
-                match code {
-                    406 => Self::Mismatch { what, text },
-                    403 => Self::Denied { what, text },
-                    _ => Self::Lost { what, text },
-                }
-            }
-            amiquip::Error::ServerClosedConnection { message, .. } => Self::Lost {
-                what,
-                text: message.clone(),
-            },
-            other => Self::Lost {
-                what,
-                text: other.to_string(),
-            },
-        }
-    }
-}
-
-/// Declares everything, within `within` for each call.
+/// Everything that comes before consuming: makes what is needed, compares it or
+/// looks for it, and then proves that a dead letter has somewhere to go. Each
+/// call on the broker may take `within`. Leaves no channel open.
+///
+/// - `declare` makes everything. The binding of the dead-letter queue that the
+///   broker has just confirmed is the proof.
+/// - `verify` makes nothing. Queues and exchanges must exist and be as
+///   configured. AMQP shows no bindings: those of the work queue stay
+///   unproved, that of the dead-letter queue is proved by a probe, for which
+///   another connection to `broker` is opened.
+/// - `none` makes nothing and compares nothing. What is used must exist, and
+///   the probe goes where the daemon will publish dead letters.
 ///
 /// # Errors
 ///
-/// [`TopologyError`] for the first thing that cannot be declared; the channel
-/// is closed then.
-pub fn declare(
-    link: &Link,
-    channel: &Channel,
-    topology: &Topology,
+/// [`TopologyError`] for the first thing that is not as it must be.
+pub fn prepare(
+    link: &mut Link,
+    broker: &Broker,
+    consumer: &Consumer,
     within: Duration,
 ) -> Result<(), TopologyError> {
-    let watched = |what: String, call: &dyn Fn() -> amiquip::Result<()>| {
-        let _watch = link.watch(within);
-        call().map_err(|error| TopologyError::new(&what, &error))
-    };
-    let durable = ExchangeDeclareOptions {
-        durable: true,
-        ..ExchangeDeclareOptions::default()
-    };
-    let dlx = &topology.dead_letter_exchange;
-    watched(format!("dead-letter exchange {dlx}"), &|| {
-        channel
-            .exchange_declare(amiquip::ExchangeType::Fanout, dlx, durable.clone())
-            .map(drop)
-    })?;
-    let dead = &topology.dead_letter_queue;
-    watched(format!("dead-letter queue {dead}"), &|| {
-        channel
-            .queue_declare(dead, queue(dead_letter_arguments(topology)))
-            .map(drop)
-    })?;
-    watched(format!("binding of {dead} to {dlx}"), &|| {
-        channel.queue_bind(dead, dlx, "", FieldTable::new())
-    })?;
-    let work = &topology.queue;
-    watched(format!("queue {work}"), &|| {
-        channel
-            .queue_declare(work, queue(work_arguments(topology)))
-            .map(drop)
-    })?;
-    for binding in &topology.bindings {
-        let exchange = &binding.exchange;
-        watched(format!("exchange {exchange}"), &|| {
-            let kind = exchange_type(binding.exchange_type);
-            channel
-                .exchange_declare(kind, exchange, durable.clone())
-                .map(drop)
-        })?;
-        watched(format!("binding of {work} to {exchange}"), &|| {
-            channel.queue_bind(
-                work,
-                exchange,
-                &binding.routing_key,
-                binding_arguments(binding),
-            )
-        })?;
+    match consumer.topology.mode {
+        TopologyMode::Declare => declare_all(link, parts::all(consumer), within),
+        TopologyMode::Verify => {
+            for part in parts::all(consumer) {
+                find(link, &part, within)?;
+                compare(link, &part, within)?;
+            }
+            probe::dead_letters(broker, consumer, within)
+        }
+        TopologyMode::None => {
+            for part in parts::used(consumer) {
+                find(link, &part, within)?;
+            }
+            probe::dead_letters(broker, consumer, within)
+        }
     }
-    Ok(())
 }
 
-/// What of the topology does not exist yet. What exists is compared with the
-/// configuration, and nothing is made.
+/// Makes the queues again in which messages wait for their retry, for when one
+/// was deleted under a running daemon. Makes nothing unless the mode is
+/// `declare`.
 ///
 /// # Errors
 ///
-/// [`TopologyError`] for the first thing that exists with other properties.
-pub fn inspect(
+/// [`TopologyError`] for the first one that cannot be declared.
+pub fn declare_retry_queues(
     link: &mut Link,
-    topology: &Topology,
+    consumer: &Consumer,
     within: Duration,
-) -> Result<Vec<String>, TopologyError> {
-    let mut missing = Vec::new();
-    let queues = [
-        (&topology.dead_letter_queue, dead_letter_arguments(topology)),
-        (&topology.queue, work_arguments(topology)),
-    ];
-    for (name, arguments) in queues {
-        let what = format!("queue {name}");
-        let exists = attempt(link, within, &what, |channel| {
-            channel.queue_declare_passive(name).map(drop)
-        })?;
-        match exists {
-            false => missing.push(what),
-            true => {
-                attempt(link, within, &what, |channel| {
-                    channel.queue_declare(name, queue(arguments)).map(drop)
-                })?;
-            }
-        }
+) -> Result<(), TopologyError> {
+    match consumer.topology.mode {
+        TopologyMode::Declare => declare_all(link, parts::retry_queues(consumer), within),
+        TopologyMode::Verify | TopologyMode::None => Ok(()),
     }
-    let bound = topology
-        .bindings
-        .iter()
-        .map(|b| (&b.exchange, b.exchange_type));
-    let dead = [(&topology.dead_letter_exchange, ExchangeType::Fanout)];
-    for (name, kind) in dead.into_iter().chain(bound) {
-        let what = format!("exchange {name}");
-        let exists = attempt(link, within, &what, |channel| {
-            channel.exchange_declare_passive(name).map(drop)
-        })?;
-        match exists {
-            false => missing.push(what),
-            true => {
-                attempt(link, within, &what, |channel| {
-                    let options = ExchangeDeclareOptions {
-                        durable: true,
-                        ..ExchangeDeclareOptions::default()
-                    };
-                    channel
-                        .exchange_declare(exchange_type(kind), name, options)
-                        .map(drop)
-                })?;
-            }
-        }
-    }
-    Ok(missing)
 }
 
-/// Makes one call on a channel of its own, since an error closes the channel.
-/// False when the broker knows no such thing.
-fn attempt(
+/// What a look at the topology found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Inspection {
+    /// What does not exist yet, and will be made.
+    pub missing: Vec<String>,
+    /// What only a start of the daemon can tell.
+    pub unproved: Option<String>,
+}
+
+/// Compares what exists with the configuration. Makes nothing and sends
+/// nothing: where only a probe could prove that dead letters have somewhere to
+/// go, it says that this is unproved.
+///
+/// # Errors
+///
+/// [`TopologyError`] for the first thing that exists with other properties, or
+/// that must exist and does not.
+pub fn inspect(
     link: &mut Link,
+    consumer: &Consumer,
     within: Duration,
-    what: &str,
-    call: impl FnOnce(&Channel) -> amiquip::Result<()>,
-) -> Result<bool, TopologyError> {
-    let channel = link
-        .open_channel(within)
-        .map_err(|error| TopologyError::Lost {
-            what: what.to_owned(),
-            text: error.to_string(),
-        })?;
-    let _watch = link.watch(within);
-    let result = match call(&channel) {
-        Ok(()) => Ok(true),
-        Err(amiquip::Error::ServerClosedChannel { code: 404, .. }) => Ok(false),
-        Err(error) => Err(TopologyError::new(what, &error)),
+) -> Result<Inspection, TopologyError> {
+    let topology = &consumer.topology;
+    let mut found = Inspection::default();
+    match topology.mode {
+        TopologyMode::Declare => {
+            for part in parts::all(consumer) {
+                match find(link, &part, within) {
+                    Ok(()) => compare(link, &part, within)?,
+                    Err(TopologyError::Missing { .. }) => found.missing.push(part.label()),
+                    Err(error) => return Err(error),
+                }
+            }
+            return Ok(found);
+        }
+        TopologyMode::Verify => {
+            for part in parts::all(consumer) {
+                find(link, &part, within)?;
+                compare(link, &part, within)?;
+            }
+        }
+        TopologyMode::None => {
+            for part in parts::used(consumer) {
+                find(link, &part, within)?;
+            }
+        }
+    }
+    let sends = match topology.dead_letters {
+        DeadLetters::Reject => "what the queue dead-letters",
+        DeadLetters::Publish => "what the daemon publishes",
     };
-    drop(channel);
+    found.unproved = Some(format!(
+        "that exchange {} leads {sends} to a queue, `ackonce run` proves when it starts: AMQP \
+         shows no bindings, and the check sends no probe",
+        topology.dead_letter_exchange
+    ));
+    Ok(found)
+}
+
+fn declare_all<'a>(
+    link: &mut Link,
+    parts: impl IntoIterator<Item = Part<'a>>,
+    within: Duration,
+) -> Result<(), TopologyError> {
+    let mut parts = parts.into_iter().peekable();
+    if parts.peek().is_none() {
+        return Ok(());
+    }
+    let channel = open(link, "declare the topology", within)?;
+    let mut result = Ok(());
+    for part in parts {
+        let action = format!("declare {}", part.label());
+        result = watched(link, &action, within, || part.declare(&channel));
+        if result.is_err() {
+            break;
+        }
+    }
+    close(link, channel, within);
     result
 }
 
-fn queue(arguments: FieldTable) -> QueueDeclareOptions {
-    QueueDeclareOptions {
-        durable: true,
-        arguments,
-        ..QueueDeclareOptions::default()
+fn find(link: &mut Link, part: &Part<'_>, within: Duration) -> Result<(), TopologyError> {
+    let action = format!("find {}", part.label());
+    alone(link, &action, within, |channel| part.find(channel))
+}
+
+/// Declares what exists: the broker compares it, and changes nothing.
+fn compare(link: &mut Link, part: &Part<'_>, within: Duration) -> Result<(), TopologyError> {
+    if !part.is_comparable() {
+        return Ok(());
     }
+    let action = format!("compare {} with the configuration", part.label());
+    alone(link, &action, within, |channel| part.declare(channel))
 }
 
-fn text(value: &str) -> AmqpValue {
-    AmqpValue::LongString(value.to_owned())
+/// Makes one call on a channel of its own, since an error closes the channel.
+fn alone(
+    link: &mut Link,
+    action: &str,
+    within: Duration,
+    call: impl FnOnce(&Channel) -> amiquip::Result<()>,
+) -> Result<(), TopologyError> {
+    let channel = open(link, action, within)?;
+    let result = watched(link, action, within, || call(&channel));
+    close(link, channel, within);
+    result
 }
 
-fn work_arguments(topology: &Topology) -> FieldTable {
-    let mut arguments = dead_letter_arguments(topology);
-    arguments.insert(
-        "x-dead-letter-exchange".to_owned(),
-        text(&topology.dead_letter_exchange),
-    );
-    if topology.queue_type == QueueType::Quorum {
-        // A dead letter leaves the work queue only when the dead-letter queue
-        // has confirmed it; that needs reject-publish.
-        arguments.insert("x-dead-letter-strategy".to_owned(), text("at-least-once"));
-        arguments.insert("x-overflow".to_owned(), text("reject-publish"));
-        if let Some(limit) = topology.delivery_limit {
-            arguments.insert(
-                "x-delivery-limit".to_owned(),
-                AmqpValue::LongLongInt(i64::from(limit)),
-            );
-        }
-    }
-    arguments
-}
-
-fn dead_letter_arguments(topology: &Topology) -> FieldTable {
-    let kind = match topology.queue_type {
-        QueueType::Quorum => "quorum",
-        QueueType::Classic => "classic",
-    };
-    FieldTable::from([("x-queue-type".to_owned(), text(kind))])
-}
-
-fn exchange_type(kind: ExchangeType) -> amiquip::ExchangeType {
-    match kind {
-        ExchangeType::Direct => amiquip::ExchangeType::Direct,
-        ExchangeType::Fanout => amiquip::ExchangeType::Fanout,
-        ExchangeType::Topic => amiquip::ExchangeType::Topic,
-        ExchangeType::Headers => amiquip::ExchangeType::Headers,
-    }
-}
-
-fn binding_arguments(binding: &Binding) -> FieldTable {
-    binding
-        .arguments
-        .iter()
-        .map(|(name, value)| {
-            let value = match value {
-                BindingArgument::Text(value) => text(value),
-                BindingArgument::Integer(value) => AmqpValue::LongLongInt(*value),
-                BindingArgument::Boolean(value) => AmqpValue::Boolean(*value),
-            };
-            (name.clone(), value)
+fn open(link: &mut Link, action: &str, within: Duration) -> Result<Channel, TopologyError> {
+    link.open_channel(within)
+        .map_err(|error| TopologyError::Lost {
+            action: action.to_owned(),
+            text: error.to_string(),
         })
-        .collect()
+}
+
+fn watched<T>(
+    link: &Link,
+    action: &str,
+    within: Duration,
+    call: impl FnOnce() -> amiquip::Result<T>,
+) -> Result<T, TopologyError> {
+    let watch = link.watch(within);
+    let result = call();
+    drop(watch);
+    result.map_err(|error| {
+        if link.timed_out() {
+            TopologyError::timed_out(action, within)
+        } else {
+            TopologyError::new(action, &error)
+        }
+    })
+}
+
+/// A channel that an error has closed takes no further answer to close.
+fn close(link: &Link, channel: Channel, within: Duration) {
+    let _watch = link.watch(within);
+    if let Err(error) = channel.close() {
+        log::debug!("a channel to the broker was closed already: {error}");
+    }
 }

@@ -60,6 +60,13 @@ impl<D> Window<D> {
         self.waiting
     }
 
+    /// A delivery that the broker has not been told about, nor will be with the
+    /// next acks.
+    pub fn get_mut(&mut self, tag: u64) -> Option<&mut D> {
+        let slot = self.slots.get_mut(&tag).filter(|slot| !slot.acked)?;
+        Some(&mut slot.delivery)
+    }
+
     /// Notes what became of a delivery. Acks are held back until
     /// [`Window::in_turn`] or [`Window::all`]; the rest is to be sent now. A
     /// tag that is not out, or was settled before, is left alone.

@@ -92,7 +92,7 @@ pub const HEADER_NAME_MAX: usize = 128;
 pub const CONFIRM_DUPLICATES: bool = false;
 
 /// `[[consumer]] max_deaths`
-pub const MAX_DEATHS: Setting<u32> = setting(3, 3, 100);
+pub const MAX_DEATHS: Setting<u32> = setting(5, 3, 100);
 /// `[consumer.retry] max_attempts`
 pub const MAX_ATTEMPTS: Setting<u32> = setting(5, 1, 1_000);
 /// `[consumer.retry] backoff`

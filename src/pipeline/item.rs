@@ -1,5 +1,7 @@
 //! One delivery and where it stands.
 
+use std::time::Duration;
+
 use crate::claim::Token;
 use crate::config::checked;
 use crate::failure::{Class, Failure};
@@ -17,9 +19,28 @@ pub struct Item {
     pub(super) owner: bool,
     pub(super) fingerprint: Fingerprint,
     pub(super) state: State,
-    pub(super) attempt: u32,
+    /// The attempt at hand counts, if it fails.
+    pub(super) counted: bool,
     pub(super) token: Option<Token>,
     pub(super) failure: Option<Failure>,
+    /// Why it is dead-lettered.
+    pub(super) reason: Option<DeadReason>,
+    /// How long the handler took the last time.
+    pub(super) duration: Option<Duration>,
+    /// Races its transaction has lost.
+    pub(super) races: u32,
+    /// What had succeeded in the consumer when the world last failed it.
+    pub(super) failed_at: Option<u64>,
+    /// How often the world has failed it alone.
+    pub(super) strikes: u32,
+    /// It was looked at the moment it was parked.
+    pub(super) was_parked: bool,
+    /// The ledger was asked for a mark on it.
+    pub(super) examined: bool,
+    /// It may kill its worker: it is run alone.
+    pub(super) alone: bool,
+    /// The ledger has our mark on it.
+    pub(super) marked: bool,
 }
 
 impl Item {
@@ -30,9 +51,18 @@ impl Item {
             id: None,
             owner: false,
             state: State::Received,
-            attempt: 1,
+            counted: true,
             token: None,
             failure: None,
+            reason: None,
+            duration: None,
+            races: 0,
+            failed_at: None,
+            strikes: 0,
+            was_parked: false,
+            examined: false,
+            alone: false,
+            marked: false,
         }
     }
 
@@ -50,6 +80,11 @@ impl Item {
                 &[Action::Release, Action::Settle(Settlement::Requeue)]
             }
         }
+    }
+
+    /// Which attempt this is, from 1.
+    pub(super) fn attempt(&self) -> u32 {
+        self.delivery.message.attempts.saturating_add(1)
     }
 
     pub(super) fn epoch(&self) -> Epoch {

@@ -1,7 +1,7 @@
 //! The end of the pipeline: what a batch has decided, told to Redis, to the
 //! failure journal and to the broker, in that order.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Worker;
 use super::item::Item;
@@ -10,7 +10,7 @@ use crate::failpoint::{self, Step};
 use crate::failure::Failure;
 use crate::ledger::JournalEntry;
 use crate::lifecycle::{Action, Event, State};
-use crate::message::{DeadReason, Fingerprint, MessageId, Settled, Settlement};
+use crate::message::{DeadReason, Fingerprint, MessageId, Parcel, Purpose, Settled, Settlement};
 use crate::postgres::Error;
 
 /// What is decided and not yet told.
@@ -19,7 +19,10 @@ pub(super) struct Verdict {
     done: Vec<(MessageId, Fingerprint)>,
     released: Vec<(Token, MessageId)>,
     settled: Vec<Settled>,
-    dead: Vec<Item>,
+    /// To be written into the failure journal.
+    failed: Vec<Item>,
+    /// Ids whose mark has to go.
+    unmarked: Vec<MessageId>,
 }
 
 impl Worker {
@@ -44,15 +47,21 @@ impl Worker {
                 | Action::Commit
                 | Action::Rollback
                 | Action::Journal(_)
+                | Action::JournalAttempt
                 | Action::Settle(_) => {}
             }
         }
         match item.state {
             State::Settled(settlement) => self.settle(item, settlement),
-            State::Journaling(_) => self.verdict.dead.push(item),
+            State::Journaling(_) | State::Deferring => self.verdict.failed.push(item),
             State::Parked => {
-                let at = Instant::now() + self.shared.consumer.claim.recheck_every;
-                self.parked.push((at, item));
+                // The ledger may know already; if not, there is time.
+                let known_soon = std::mem::replace(&mut item.was_parked, true);
+                let wait = match known_soon {
+                    true => self.shared.consumer.claim.recheck_every,
+                    false => Duration::ZERO,
+                };
+                self.parked.push((Instant::now() + wait, item));
             }
             State::Claiming => self.heirs.push_back(item),
             State::Recording | State::InDoubt => self.again.push(item),
@@ -64,11 +73,15 @@ impl Worker {
     }
 
     /// Keeps a settlement, and passes the outcome on to what had joined.
-    fn settle(&mut self, item: Item, settlement: Settlement) {
+    fn settle(&mut self, mut item: Item, settlement: Settlement) {
+        if item.marked {
+            self.verdict.unmarked.extend(item.id.clone());
+        }
+        let parcel = self.parcel(&mut item, settlement);
         self.verdict.settled.push(Settled {
             ticket: item.delivery.ticket,
             settlement,
-            parcel: None,
+            parcel,
         });
         let Some(id) = item.id.filter(|_| item.owner) else {
             return;
@@ -86,6 +99,34 @@ impl Worker {
             heir.owner = true;
             self.advance(heir, Event::OwnerGaveUp);
         }
+    }
+
+    /// What a copy needs, where one may have to be made.
+    fn parcel(&self, item: &mut Item, settlement: Settlement) -> Option<Box<Parcel>> {
+        let purpose = match settlement {
+            Settlement::Retry => Purpose::Retry(self.step_of(item)),
+            Settlement::Reject => Purpose::DeadLetter(item.reason?),
+            Settlement::Ack | Settlement::Requeue => return None,
+        };
+        let attempts = match item.duration {
+            Some(_) if item.counted => item.attempt(),
+            _ => item.delivery.message.attempts,
+        };
+        let message = &mut item.delivery.message;
+        Some(Box::new(Parcel {
+            body: std::mem::take(&mut message.body),
+            attempts,
+            purpose,
+        }))
+    }
+
+    /// The backoff step after the attempt at hand: the last one that has a
+    /// queue goes on for all that follow.
+    fn step_of(&self, item: &Item) -> usize {
+        let retry = &self.shared.consumer.retry;
+        let retries = retry.max_attempts.saturating_sub(1) as usize;
+        let last = retry.backoff.len().min(retries).saturating_sub(1);
+        (item.delivery.message.attempts as usize).min(last)
     }
 
     /// 7 and 8. Tells Redis, the journal and the broker, in that order: what
@@ -106,78 +147,110 @@ impl Worker {
                 }
             }
             failpoint::hit(Step::Marked);
+            self.unmark(&verdict.unmarked);
             for settled in verdict.settled {
                 if self.shared.outbox.send(settled).is_err() {
                     log::debug!("nobody is left to settle: the broker gives the message out again");
                 }
             }
-            if verdict.dead.is_empty() {
+            if verdict.failed.is_empty() {
                 return;
             }
-            self.bury(verdict.dead);
+            self.write_down(verdict.failed);
         }
     }
 
-    /// Writes the reasons of dead letters, then has them rejected.
-    fn bury(&mut self, dead: Vec<Item>) {
+    /// A mark that stays can make its message run alone, later, and no more.
+    fn unmark(&mut self, ids: &[MessageId]) {
+        if ids.is_empty() {
+            return;
+        }
+        let ids: Vec<&str> = ids.iter().map(MessageId::as_str).collect();
+        if let Err(error) = self.ledger.unmark(&ids) {
+            log::debug!(consumer = self.shared.consumer.name.as_str(); "marks stay: {error}");
+        }
+    }
+
+    /// Writes failed attempts and the reasons of dead letters; then the broker
+    /// may be told.
+    fn write_down(&mut self, failed: Vec<Item>) {
         let mut tries = 0;
         let event = loop {
-            match self.write_journal(&dead) {
+            match self.write_journal(&failed) {
                 Ok(()) => {
                     failpoint::hit(Step::Journaled);
                     break Event::Journaled;
                 }
                 Err(error) => {
-                    if self.pause(tries, &error.into_failure()) {
+                    let failure = error.into_failure();
+                    if tries > 0 {
+                        self.close_gate(&failure);
+                    }
+                    if self.pause(tries, &failure) {
                         break Event::Stopping;
                     }
                     tries += 1;
                 }
             }
         };
-        for item in dead {
+        for mut item in failed {
+            if let State::Journaling(reason) = item.state {
+                item.reason = Some(reason);
+            }
             self.advance(item, event);
         }
     }
 
-    fn write_journal(&mut self, dead: &[Item]) -> Result<(), Error> {
-        let failures: Vec<Failure> = dead.iter().map(Item::failure).collect();
-        let entries: Vec<JournalEntry<'_>> = dead
+    fn write_journal(&mut self, failed: &[Item]) -> Result<(), Error> {
+        let failures: Vec<Failure> = failed.iter().map(Item::failure).collect();
+        let entries: Vec<JournalEntry<'_>> = failed
             .iter()
             .zip(&failures)
-            .filter_map(|(item, failure)| {
-                let State::Journaling(reason) = item.state else {
-                    return None;
-                };
-                Some(JournalEntry {
-                    message_id: item.id.as_ref(),
-                    fingerprint: item.fingerprint,
-                    reason: Some(reason),
-                    retry_in: None,
-                    failure,
-                    attempt: if reason == DeadReason::Rejected {
-                        item.attempt
-                    } else {
-                        0
-                    },
-                    duration: None,
-                    exchange: &item.delivery.message.exchange,
-                    routing_key: &item.delivery.message.routing_key,
-                })
-            })
+            .map(|(item, failure)| self.journal_entry(item, failure))
             .collect();
         self.ledger.journal(self.handler.kind(), &entries)?;
         for entry in &entries {
             // The text may quote the message, so it stays in the journal.
-            log::warn!(
+            let (level, what) = match entry.reason {
+                Some(_) => (log::Level::Warn, "dead-lettered"),
+                None => (log::Level::Info, "to be retried"),
+            };
+            log::log!(
+                level,
                 consumer = self.shared.consumer.name.as_str(),
                 message_id = entry.message_id.map_or("", MessageId::as_str),
                 reason = entry.reason.map_or("", DeadReason::as_str),
-                code = entry.failure.code.as_deref().unwrap_or("");
-                "dead-lettered"
+                class = entry.failure.class.as_str(),
+                code = entry.failure.code.as_deref().unwrap_or(""),
+                attempt = entry.attempt;
+                "{what}"
             );
         }
         Ok(())
+    }
+
+    fn journal_entry<'a>(&self, item: &'a Item, failure: &'a Failure) -> JournalEntry<'a> {
+        let (reason, retry_in) = match item.state {
+            State::Journaling(reason) => (Some(reason), None),
+            _ => {
+                let steps = &self.shared.consumer.retry.backoff;
+                (None, steps.get(self.step_of(item)).copied())
+            }
+        };
+        JournalEntry {
+            message_id: item.id.as_ref(),
+            fingerprint: item.fingerprint,
+            reason,
+            retry_in,
+            failure,
+            attempt: match item.duration {
+                Some(_) => item.attempt(),
+                None => item.delivery.message.attempts,
+            },
+            duration: item.duration,
+            exchange: &item.delivery.message.exchange,
+            routing_key: &item.delivery.message.routing_key,
+        }
     }
 
     /// Gives back what waits, because the daemon stops.

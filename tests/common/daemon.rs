@@ -27,6 +27,8 @@ fn command() -> Command {
     command
         .env_remove("ACKONCE_FAILPOINT")
         .env_remove("ACKONCE_FAILPOINT_FILE")
+        .env_remove("ACKONCE_POISON")
+        .env_remove("ACKONCE_POISON_PANIC")
         .env("RUST_LOG", "info")
         .env("RUST_BACKTRACE", "1")
         .stdin(Stdio::null());
@@ -86,6 +88,21 @@ impl Builder {
         self.command
             .env("ACKONCE_FAILPOINT", format!("{name}:{nth}:pause"))
             .env("ACKONCE_FAILPOINT_FILE", &gate.path);
+        self
+    }
+
+    /// Kills itself before it runs the handler with a body that holds `text`.
+    #[must_use]
+    pub fn dies_of(mut self, text: &str) -> Self {
+        self.command.env("ACKONCE_POISON", text);
+        self
+    }
+
+    /// Its worker panics before it runs the handler with a body that holds
+    /// `text`.
+    #[must_use]
+    pub fn panics_of(mut self, text: &str) -> Self {
+        self.command.env("ACKONCE_POISON_PANIC", text);
         self
     }
 

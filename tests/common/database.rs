@@ -12,7 +12,7 @@ use tokio::runtime::{Builder, Runtime};
 pub struct Failure {
     /// Idempotency key, where there is one.
     pub message_id: Option<String>,
-    /// `rejected`, `missing-id`, ….
+    /// `rejected`, `missing-id`, …; empty when it is tried again.
     pub reason: String,
     /// `transient`, `permanent` or `systemic`.
     pub class: String,
@@ -99,7 +99,7 @@ impl Database {
     /// The failure journal of `consumer`, oldest first.
     pub fn failures(&self, consumer: &str) -> Vec<Failure> {
         self.rows(&format!(
-            "select f.message_id, f.reason, f.class, f.code, f.error \
+            "select f.message_id, coalesce(f.reason, ''), f.class, f.code, f.error \
              from ackonce.failure f join ackonce.consumer c on f.consumer_id = c.id \
              where c.name = '{consumer}' order by f.id"
         ))

@@ -12,7 +12,9 @@ impl Scenario {
     pub fn begin(&self) -> World {
         World {
             places: vec![Place::Queued; self.messages.len()],
+            copies: (0..self.messages.len()).collect(),
             journal: vec![None; self.messages.len()],
+            attempted: vec![false; self.messages.len()],
             processes: Default::default(),
             redis: [Redis::Nothing; KEYS],
             ledger: [None; KEYS],
@@ -23,8 +25,8 @@ impl Scenario {
         }
     }
 
-    pub fn of(&self, job: &Job) -> Published {
-        self.messages[job.message]
+    pub fn of(&self, world: &World, job: &Job) -> Published {
+        self.messages[world.copies[job.message]]
     }
 
     /// Everything that can happen next.
@@ -48,7 +50,19 @@ impl Scenario {
             if !process.settlements.is_empty() {
                 moves.push(Move::Settle(number));
             }
-            let idle = process.jobs.is_empty() && process.settlements.is_empty();
+            if !process.parcels.is_empty() {
+                moves.push(Move::Publish(number, Luck::Done));
+                if world.faults.lost_replies > 0 {
+                    moves.push(Move::Publish(number, Luck::Unanswered));
+                }
+            }
+            if !process.confirmed.is_empty() {
+                moves.push(Move::Confirm(number));
+            }
+            let idle = process.jobs.is_empty()
+                && process.settlements.is_empty()
+                && process.parcels.is_empty()
+                && process.confirmed.is_empty();
             if !idle && world.faults.crashes > 0 {
                 moves.push(Move::Crash(number));
             }
@@ -74,7 +88,7 @@ impl Scenario {
             Move::Carry(at, luck) => self.carry(&mut world, at, luck),
             Move::Happen(at, event) => {
                 world.faults.stops -= u8::from(event == Event::Stopping);
-                world.faults.failures -= u8::from(event == Event::Exhausted);
+                world.faults.failures -= u8::from(event == Event::Quarantined);
                 self.happen(&mut world, at, event);
             }
             Move::EndIdle((process, index)) => {
@@ -82,6 +96,11 @@ impl Scenario {
                 world.processes[process].jobs[index].transaction = None;
             }
             Move::Settle(process) => self.settle(&mut world, process),
+            Move::Publish(process, luck) => self.publish(&mut world, process, luck),
+            Move::Confirm(process) => {
+                let token = world.processes[process].confirmed.remove(0);
+                world.rest(token, Place::Copied);
+            }
             Move::Forget(key) => world.redis[key] = Redis::Nothing,
             Move::Commit(orphan) => {
                 let transaction = world.orphans.remove(orphan);
@@ -130,7 +149,7 @@ impl Scenario {
         let mut lucks = match action {
             Action::Park | Action::Rollback | Action::Settle(_) => return vec![Luck::Done],
             Action::Claim => return vec![Luck::Done, Luck::NotDone, Luck::Unanswered],
-            Action::MarkDone | Action::Release | Action::Journal(_) => {
+            Action::MarkDone | Action::Release | Action::Journal(_) | Action::JournalAttempt => {
                 return vec![Luck::Done, Luck::NotDone];
             }
             Action::Record if self.insert_waits(world, job) => vec![],
@@ -138,7 +157,8 @@ impl Scenario {
             Action::Record | Action::Apply | Action::Commit => vec![Luck::Done],
         };
         if world.faults.failures > 0 {
-            lucks.extend(FAILURES.map(Luck::Fails));
+            let can = |event: &Event| (self.protocol.step)(job.state, *event).is_ok();
+            lucks.extend(FAILURES.into_iter().filter(can).map(Luck::Fails));
         }
         let open = job.transaction.is_some();
         if *action == Action::Commit && open && world.faults.lost_replies > 0 {
@@ -150,7 +170,7 @@ impl Scenario {
     /// READ COMMITTED: an insert waits for the end of any other open
     /// transaction that holds a row of its key.
     fn insert_waits(&self, world: &World, job: &Job) -> bool {
-        let key = self.of(job).key;
+        let key = self.of(world, job).key;
         let holds = |transaction: &Transaction| transaction.key == key;
         let mut held = world.jobs().filter_map(|other| other.transaction.as_ref());
         self.protocol.ledger_is_unique
@@ -158,16 +178,21 @@ impl Scenario {
             && (world.orphans.iter().any(holds) || held.any(holds))
     }
 
-    /// What can happen to a delivery of its own accord. Whether a stop or the
-    /// last attempt may come now is the protocol's to say.
+    /// What can happen to a delivery of its own accord. Whether a stop or a
+    /// quarantine may come now is the protocol's to say.
     fn events(&self, world: &World, process: &Process, job: &Job) -> Vec<Event> {
-        let published = self.of(job);
+        let published = self.of(world, job);
         let mut events = vec![];
         match job.state {
             State::Received if !published.usable => {
                 events.push(Event::Unusable(DeadReason::MissingId));
             }
-            State::Received if process.jobs.iter().any(|other| self.owns(other, published)) => {
+            State::Received
+                if process
+                    .jobs
+                    .iter()
+                    .any(|other| self.owns(world, other, published)) =>
+            {
                 events.push(Event::Collided);
             }
             State::Received => events.push(Event::Identified),
@@ -183,15 +208,15 @@ impl Scenario {
         if world.faults.stops > 0 && may(Event::Stopping) {
             events.push(Event::Stopping);
         }
-        if world.faults.failures > 0 && may(Event::Exhausted) {
-            events.push(Event::Exhausted);
+        if world.faults.failures > 0 && may(Event::Quarantined) {
+            events.push(Event::Quarantined);
         }
         events
     }
 
     /// Whether a delivery is the work in progress on the id of `published`.
-    fn owns(&self, job: &Job, published: Published) -> bool {
-        let own = self.of(job);
+    fn owns(&self, world: &World, job: &Job, published: Published) -> bool {
+        let own = self.of(world, job);
         let idle = matches!(
             job.state,
             State::Received | State::Joined | State::Settled(_)
@@ -202,7 +227,7 @@ impl Scenario {
     /// Carries out the next action of a delivery and reports the reply.
     fn carry(&self, world: &mut World, (process, index): At, luck: Luck) {
         let job = &mut world.processes[process].jobs[index];
-        let published = self.messages[job.message];
+        let published = self.messages[world.copies[job.message]];
         let action = job.todo[0];
         job.todo = &job.todo[1..];
         let reply = match (action, luck) {
@@ -216,10 +241,8 @@ impl Scenario {
                 published.body,
                 luck,
             )),
-            (Action::Record, _) => Some(self.record(job, world.ledger[published.key])),
-            (Action::Apply | Action::Commit, Luck::NotDone) => {
-                Some(Event::Failed(Class::Transient))
-            }
+            (Action::Record, _) => Some(self.record(job, published, world.ledger[published.key])),
+            (Action::Apply | Action::Commit, Luck::NotDone) => Some(Event::Failed(Class::Systemic)),
             (Action::Apply, _) => {
                 if let Some(transaction) = &mut job.transaction {
                     transaction.effect = self.protocol.effect_beside_row;
@@ -230,7 +253,13 @@ impl Scenario {
                 Some(Event::Succeeded)
             }
             (Action::Commit, _) => Some(world.commit_of((process, index), luck)),
-            (Action::Journal(_), Luck::NotDone) => Some(Event::JournalFailed),
+            (Action::Journal(_) | Action::JournalAttempt, Luck::NotDone) => {
+                Some(Event::JournalFailed)
+            }
+            (Action::JournalAttempt, _) => {
+                world.attempted[job.message] = true;
+                Some(Event::Journaled)
+            }
             (Action::Journal(reason), _) => {
                 world.journal[job.message] = Some(reason);
                 Some(Event::Journaled)
@@ -263,8 +292,8 @@ impl Scenario {
     }
 
     /// `INSERT … ON CONFLICT DO NOTHING`, once nothing makes it wait.
-    fn record(&self, job: &mut Job, row: Option<u8>) -> Event {
-        let Published { key, body, .. } = self.of(job);
+    fn record(&self, job: &mut Job, published: Published, row: Option<u8>) -> Event {
+        let Published { key, body, .. } = published;
         job.doubt = false;
         match row {
             Some(other) if self.protocol.ledger_is_unique => Event::Found(compare(body, other)),
@@ -302,7 +331,7 @@ impl Scenario {
         };
         job.state = state;
         job.todo = todo;
-        let owner = self.messages[job.message];
+        let owner = self.messages[world.copies[job.message]];
         let State::Settled(settlement) = state else {
             return;
         };
@@ -311,7 +340,7 @@ impl Scenario {
         }
         for other in 0..world.processes[process].jobs.len() {
             let job = &world.processes[process].jobs[other];
-            let own = self.of(job);
+            let own = self.of(world, job);
             if job.state != State::Joined || own.key != owner.key {
                 continue;
             }
@@ -327,7 +356,7 @@ impl Scenario {
 
     /// The broker thread takes the next settlement to the broker.
     fn settle(&self, world: &mut World, process: usize) {
-        let (_, token, settlement) = world.processes[process].settlements.remove(0);
+        let (message, token, settlement) = world.processes[process].settlements.remove(0);
         let present = Epoch(world.processes[process].epoch.into());
         let ticket = Ticket {
             epoch: Epoch(token.epoch.into()),
@@ -336,10 +365,26 @@ impl Scenario {
         if !(self.protocol.admits)(present, &ticket) {
             return;
         }
-        let unacked = Place::Unacked(process, token.tag);
-        match world.places.iter_mut().find(|place| **place == unacked) {
-            None => world.slips.stray_settlement = true,
-            Some(place) => *place = resting(settlement),
+        if settlement == Settlement::Retry {
+            world.processes[process].parcels.push((message, token));
+            if self.protocol.copy_comes_first {
+                return;
+            }
+        }
+        world.rest(token, resting(settlement));
+    }
+
+    /// The publisher sends a copy again until it hears of its confirm.
+    fn publish(&self, world: &mut World, process: usize, luck: Luck) {
+        let (message, token) = world.processes[process].parcels[0];
+        world.copy(message);
+        if luck == Luck::Unanswered {
+            world.faults.lost_replies -= 1;
+            return;
+        }
+        world.processes[process].parcels.remove(0);
+        if self.protocol.copy_comes_first {
+            world.processes[process].confirmed.push(token);
         }
     }
 }

@@ -17,6 +17,8 @@ pub struct Protocol {
     pub effect_beside_row: bool,
     /// A release deletes the claim only if the token is its own.
     pub release_compares: bool,
+    /// A message that is to be retried is removed once its copy is confirmed.
+    pub copy_comes_first: bool,
 }
 
 pub const REAL: Protocol = Protocol {
@@ -25,6 +27,7 @@ pub const REAL: Protocol = Protocol {
     ledger_is_unique: true,
     effect_beside_row: true,
     release_compares: true,
+    copy_comes_first: true,
 };
 
 /// A published message.
@@ -48,10 +51,10 @@ pub const PREFETCH: usize = 2;
 pub struct Faults {
     pub crashes: u8,
     pub disconnects: u8,
-    /// Insert, handler or COMMIT fails, no attempt is left, or PostgreSQL ends
-    /// an idle transaction.
+    /// Insert, handler or COMMIT fails, a message is quarantined, or PostgreSQL
+    /// ends an idle transaction.
     pub failures: u8,
-    /// COMMIT is sent and not answered.
+    /// COMMIT, or the copy for a retry, is sent and not answered.
     pub lost_replies: u8,
     pub stops: u8,
 }
@@ -72,6 +75,8 @@ pub enum Place {
     Unacked(usize, u8),
     Acked,
     Dead,
+    /// Removed, because a copy of it was confirmed into a retry queue.
+    Copied,
 }
 
 /// What Redis has under a key.
@@ -111,6 +116,10 @@ pub struct Process {
     pub jobs: Vec<Job>,
     /// Message, delivery and verdict, on their way to the broker thread.
     pub settlements: Vec<(usize, Token, Settlement)>,
+    /// Messages and deliveries of which a copy is with the publisher.
+    pub parcels: Vec<(usize, Token)>,
+    /// Deliveries whose copy the broker has confirmed.
+    pub confirmed: Vec<Token>,
 }
 
 /// What only a moment shows, kept for the properties to see.
@@ -123,9 +132,14 @@ pub struct Slips {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct World {
+    /// Where each message is, then each copy of one.
     pub places: Vec<Place>,
-    /// The last reason, per message.
+    /// Which message each of them is a copy of, itself at first.
+    pub copies: Vec<usize>,
+    /// The last reason, per message and copy.
     pub journal: Vec<Option<DeadReason>>,
+    /// Whether the journal has a failed attempt, per message and copy.
+    pub attempted: Vec<bool>,
     pub processes: [Process; PROCESSES],
     pub redis: [Redis; KEYS],
     /// The body of the committed row, per key.
@@ -164,6 +178,11 @@ pub enum Move {
     EndIdle(At),
     /// The broker thread of a process takes the next settlement.
     Settle(usize),
+    /// The publisher of a process has the next copy in a retry queue, where
+    /// its delay is over at once.
+    Publish(usize, Luck),
+    /// The broker thread of a process hears of a confirmed copy.
+    Confirm(usize),
     /// A lease runs out, a key is evicted, Redis is flushed or fails over.
     Forget(usize),
     /// The server ends a transaction that nobody holds any more.
@@ -173,10 +192,11 @@ pub enum Move {
     Disconnect(usize),
 }
 
-pub const FAILURES: [Event; 4] = [
+pub const FAILURES: [Event; 5] = [
     Event::Failed(Class::Permanent),
     Event::Failed(Class::Transient),
     Event::Failed(Class::Systemic),
+    Event::Exhausted,
     Event::BatchFailed,
 ];
 
@@ -196,6 +216,7 @@ pub fn resting(settlement: Settlement) -> Place {
         Settlement::Ack => Place::Acked,
         Settlement::Reject => Place::Dead,
         Settlement::Requeue => Place::Queued,
+        Settlement::Retry => Place::Copied,
     }
 }
 
@@ -228,6 +249,8 @@ impl World {
         let mut settlements = process.settlements.iter();
         process.jobs.iter().any(|job| this(&job.token))
             || settlements.any(|(_, token, _)| this(token))
+            || process.parcels.iter().any(|(_, token)| this(token))
+            || process.confirmed.iter().any(this)
     }
 
     pub fn commit_of(&mut self, (process, index): At, luck: Luck) -> Event {
@@ -305,10 +328,30 @@ impl World {
 
     /// The connection is lost. The process keeps its work, and opens another
     /// connection, on which the tags start again.
+    /// Its publisher ends with it.
     pub fn disconnect(&mut self, process: usize) {
         self.requeue_all(process);
+        self.processes[process].parcels.clear();
+        self.processes[process].confirmed.clear();
         self.processes[process].epoch += 1;
         self.processes[process].last_tag = 0;
+    }
+
+    /// A copy of `message` is in a retry queue, and soon in the work queue.
+    pub fn copy(&mut self, message: usize) {
+        self.places.push(Place::Queued);
+        self.copies.push(self.copies[message]);
+        self.journal.push(None);
+        self.attempted.push(false);
+    }
+
+    /// The delivery under `token` is settled on the present connection.
+    pub fn rest(&mut self, token: Token, place: Place) {
+        let unacked = Place::Unacked(token.process, token.tag);
+        match self.places.iter_mut().find(|place| **place == unacked) {
+            None => self.slips.stray_settlement = true,
+            Some(there) => *there = place,
+        }
     }
 
     fn requeue_all(&mut self, process: usize) {

@@ -1,0 +1,395 @@
+//! The deliveries of one connection: to the workers, and settled as they say.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use amiquip::{Channel, ConsumerMessage};
+use crossbeam_channel::{Receiver, TrySendError, never, select};
+
+use super::{CALL_WITHIN, End, Feed, PAUSE_AFTER};
+use crate::broker::connection::Link;
+use crate::broker::convert;
+use crate::broker::courier::{Copy, Courier, Delivered};
+use crate::broker::guard::RepairLog;
+use crate::broker::window::{Order, Window};
+use crate::config::checked::DeadLetters;
+use crate::failpoint::{self, Step};
+use crate::lifecycle;
+use crate::message::{Delivery, Epoch, Parcel, Settled, Settlement, Ticket};
+
+/// How long an ack out of turn is held back in the hope that the one before
+/// it comes, so that one frame says both.
+const HOLD_ACKS: Duration = Duration::from_millis(5);
+
+/// Deliveries taken in one go before settlements are looked at.
+const BURST: usize = 256;
+
+/// A settled delivery of the current connection, without its body.
+type Shell = Box<amiquip::Delivery>;
+
+/// Why a subscription ends.
+pub(super) enum Turn {
+    /// The gate has been closed for long enough.
+    Pause,
+    /// The gate is open again.
+    Resume,
+    /// The daemon stops.
+    Stop,
+    /// Consuming cannot go on.
+    End(End),
+}
+
+/// The deliveries of one connection.
+pub(super) struct Flow<'a> {
+    link: &'a Link,
+    channel: &'a Channel,
+    epoch: Epoch,
+    repairs: RepairLog,
+    window: Window<Shell>,
+    courier: Courier,
+    /// Whether the daemon publishes dead letters itself.
+    publishes: bool,
+    /// Deliveries that found the inbox full.
+    kept: VecDeque<Delivery>,
+    /// When acks that are held back must go.
+    acks_due: Option<Instant>,
+}
+
+impl<'a> Flow<'a> {
+    pub(super) fn new(
+        link: &'a Link,
+        channel: &'a Channel,
+        feed: &Feed<'_>,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            link,
+            channel,
+            epoch: feed.epoch,
+            repairs: link.repairs(),
+            window: Window::default(),
+            courier: Courier::start(feed.broker, feed.consumer, feed.backoff)?,
+            publishes: feed.consumer.topology.dead_letters == DeadLetters::Publish,
+            kept: VecDeque::new(),
+            acks_due: None,
+        })
+    }
+
+    /// Hands deliveries over and tells the broker what became of them, until
+    /// the subscription has to change.
+    pub(super) fn consume(
+        &mut self,
+        deliveries: &Receiver<ConsumerMessage>,
+        feed: &Feed<'_>,
+        prefetch: u16,
+    ) -> Turn {
+        let paused = prefetch < feed.consumer.prefetch;
+        match self.flow(deliveries, feed, paused) {
+            Ok(turn) => turn,
+            Err(end) => Turn::End(end),
+        }
+    }
+
+    fn flow(
+        &mut self,
+        deliveries: &Receiver<ConsumerMessage>,
+        feed: &Feed<'_>,
+        paused: bool,
+    ) -> Result<Turn, End> {
+        let nothing = never();
+        loop {
+            let closed_for = feed.gate.closed_for();
+            match closed_for {
+                Some(closed_for) if !paused && closed_for >= PAUSE_AFTER => return Ok(Turn::Pause),
+                None if paused => return Ok(Turn::Resume),
+                _ => {}
+            }
+            let until_pause = closed_for
+                .filter(|_| !paused)
+                .map(|closed_for| PAUSE_AFTER.saturating_sub(closed_for));
+            let from = match self.kept.is_empty() {
+                true => deliveries,
+                false => &nothing,
+            };
+            let wait = self.next_wake().min(until_pause.unwrap_or(Duration::MAX));
+            select! {
+                recv(from) -> message => self.take_burst(message.ok(), deliveries, feed)?,
+                recv(feed.outbox) -> settled => match settled {
+                    Ok(settled) => self.settle_burst(settled, feed.outbox)?,
+                    Err(_) => return Err(End::Panicked),
+                },
+                recv(self.courier.fates()) -> fate => match fate {
+                    Ok(fate) => self.delivered(fate)?,
+                    Err(_) => return Err(End::Lost("the courier is gone".to_owned())),
+                },
+                recv(feed.panicked) -> _ => return Err(End::Panicked),
+                recv(feed.gate.changes()) -> _ => {}
+                recv(feed.stop.as_receiver()) -> _ => return Ok(Turn::Stop),
+                default(wait) => {}
+            }
+            self.offer_kept(feed);
+            self.send_acks()?;
+        }
+    }
+
+    fn next_wake(&self) -> Duration {
+        let acks = self
+            .acks_due
+            .map(|due| due.saturating_duration_since(Instant::now()));
+        match (acks, self.kept.is_empty()) {
+            (Some(acks), _) => acks,
+            (None, false) => HOLD_ACKS,
+            (None, true) => Duration::from_secs(3600),
+        }
+    }
+
+    fn take_burst(
+        &mut self,
+        first: Option<ConsumerMessage>,
+        more: &Receiver<ConsumerMessage>,
+        feed: &Feed<'_>,
+    ) -> Result<(), End> {
+        let mut next = first;
+        if next.is_none() {
+            return Err(End::Lost("the connection was lost".to_owned()));
+        }
+        for _ in 0..BURST {
+            let Some(message) = next.take() else { break };
+            let delivery = self.receive(message)?;
+            self.offer(delivery, feed);
+            if !self.kept.is_empty() {
+                break;
+            }
+            next = more.try_recv().ok();
+        }
+        // The last one was taken out of the channel: it must not be dropped.
+        if let Some(message) = next {
+            let delivery = self.receive(message)?;
+            self.offer(delivery, feed);
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, message: ConsumerMessage) -> Result<Delivery, End> {
+        let lost = |cause: String| Err(End::Lost(cause));
+        match message {
+            ConsumerMessage::Delivery(mut delivery) => {
+                let tag = delivery.delivery_tag();
+                let repairs = self.repairs.take(self.channel.channel_id(), tag);
+                let message = convert::hollow_out(&mut delivery, repairs);
+                self.window.put(tag, Box::new(delivery));
+                let epoch = self.epoch;
+                Ok(Delivery {
+                    message,
+                    ticket: Ticket { epoch, tag },
+                })
+            }
+            ConsumerMessage::ServerCancelled => {
+                lost("the broker cancelled the consumer: was its queue deleted?".to_owned())
+            }
+            ConsumerMessage::ServerClosedChannel(error)
+            | ConsumerMessage::ServerClosedConnection(error) => lost(error.to_string()),
+            ConsumerMessage::ClientCancelled
+            | ConsumerMessage::ClientClosedChannel
+            | ConsumerMessage::ClientClosedConnection => {
+                lost("the consumer was closed on this side".to_owned())
+            }
+        }
+    }
+
+    fn offer(&mut self, delivery: Delivery, feed: &Feed<'_>) {
+        let Some(inbox) = feed.inbox.as_ref() else {
+            return;
+        };
+        match inbox.try_send(delivery) {
+            Ok(()) => {}
+            Err(TrySendError::Full(delivery) | TrySendError::Disconnected(delivery)) => {
+                self.kept.push_back(delivery);
+            }
+        }
+    }
+
+    fn offer_kept(&mut self, feed: &Feed<'_>) {
+        let Some(inbox) = feed.inbox.as_ref() else {
+            return;
+        };
+        while let Some(delivery) = self.kept.pop_front() {
+            if let Err(TrySendError::Full(delivery) | TrySendError::Disconnected(delivery)) =
+                inbox.try_send(delivery)
+            {
+                self.kept.push_front(delivery);
+                return;
+            }
+        }
+    }
+
+    fn settle_burst(&mut self, first: Settled, more: &Receiver<Settled>) -> Result<(), End> {
+        self.settle(first)?;
+        for settled in more.try_iter() {
+            self.settle(settled)?;
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, settled: Settled) -> Result<(), End> {
+        if !lifecycle::admits(self.epoch, &settled.ticket) {
+            return Ok(());
+        }
+        let tag = settled.ticket.tag;
+        match (settled.settlement, settled.parcel) {
+            (Settlement::Retry, Some(parcel)) => self.copy(tag, *parcel),
+            (Settlement::Reject, Some(parcel)) if self.publishes => self.copy(tag, *parcel),
+            // Without its body there is no copy: somebody may try it again.
+            (Settlement::Retry, None) => self.conclude(tag, Settlement::Requeue),
+            (settlement, _) => self.conclude(tag, settlement),
+        }
+    }
+
+    fn conclude(&mut self, tag: u64, settlement: Settlement) -> Result<(), End> {
+        match self.window.settle(tag, settlement) {
+            Some(order) => self.send(order),
+            None => Ok(()),
+        }
+    }
+
+    /// Has a copy sent; the delivery stays out until that is confirmed.
+    fn copy(&mut self, tag: u64, parcel: Parcel) -> Result<(), End> {
+        let Some(shell) = self.window.get_mut(tag) else {
+            return Ok(());
+        };
+        match self.courier.send(Copy::new(shell, parcel)) {
+            true => Ok(()),
+            false => Err(End::Lost("the courier is gone".to_owned())),
+        }
+    }
+
+    fn delivered(&mut self, (tag, fate): (u64, Delivered)) -> Result<(), End> {
+        let settlement = match fate {
+            Delivered::Yes => Settlement::Ack,
+            Delivered::No => Settlement::Requeue,
+            Delivered::Unfit => Settlement::Reject,
+        };
+        self.conclude(tag, settlement)
+    }
+
+    /// Acks in turn go at once; those out of turn after a moment, or when they
+    /// are so many that the prefetch would run dry.
+    fn send_acks(&mut self) -> Result<(), End> {
+        if self.window.waiting() == 0 {
+            self.acks_due = None;
+            return Ok(());
+        }
+        if let Some(order) = self.window.in_turn() {
+            self.send(order)?;
+        }
+        let out_of_turn = self.window.waiting();
+        let now = Instant::now();
+        if out_of_turn == 0 {
+            self.acks_due = None;
+        } else if out_of_turn * 2 > self.window.outstanding()
+            || self.acks_due.is_some_and(|due| due <= now)
+        {
+            self.send_all_acks()?;
+        } else {
+            self.acks_due.get_or_insert(now + HOLD_ACKS);
+        }
+        failpoint::hit(Step::Settled);
+        Ok(())
+    }
+
+    fn send_all_acks(&mut self) -> Result<(), End> {
+        self.acks_due = None;
+        for order in self.window.all() {
+            self.send(order)?;
+        }
+        Ok(())
+    }
+
+    fn send(&self, order: Order<Shell>) -> Result<(), End> {
+        let _watch = self.link.watch(CALL_WITHIN);
+        match order {
+            Order::AckUpTo(shell) => shell.ack_multiple(self.channel),
+            Order::Ack(shell) => shell.ack(self.channel),
+            Order::Reject(shell) => shell.reject(self.channel, false),
+            Order::Requeue(shell) => shell.nack(self.channel, true),
+        }
+        .map_err(|error| End::Lost(format!("failed to settle a delivery: {error}")))
+    }
+
+    /// Gives back what no worker has taken; `deliveries` is cancelled.
+    pub(super) fn give_back(
+        &mut self,
+        deliveries: &Receiver<ConsumerMessage>,
+        feed: &Feed<'_>,
+    ) -> Result<(), End> {
+        self.keep(deliveries)?;
+        let kept = std::mem::take(&mut self.kept);
+        for delivery in kept.into_iter().chain(feed.unstarted.try_iter()) {
+            self.conclude(delivery.ticket.tag, Settlement::Requeue)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what comes before the end of a cancelled subscription.
+    pub(super) fn keep(&mut self, deliveries: &Receiver<ConsumerMessage>) -> Result<(), End> {
+        loop {
+            match deliveries.recv_timeout(CALL_WITHIN) {
+                Ok(ConsumerMessage::ClientCancelled) => return Ok(()),
+                Ok(message) => {
+                    let delivery = self.receive(message)?;
+                    self.kept.push_back(delivery);
+                }
+                Err(_) => return Err(End::Lost("the connection was lost".to_owned())),
+            }
+        }
+    }
+
+    /// The stop: gives back what nobody has begun, and waits for the rest.
+    pub(super) fn drain(
+        mut self,
+        deliveries: &Receiver<ConsumerMessage>,
+        feed: &mut Feed<'_>,
+    ) -> End {
+        let deadline = Instant::now() + feed.stop.left_of(feed.shutdown_timeout);
+        // The workers end when their inbox is closed and empty, and with the
+        // last of them the outbox.
+        *feed.stopper = None;
+        *feed.inbox = None;
+        let drained = self
+            .give_back(deliveries, feed)
+            .and_then(|()| self.drain_workers(feed, deadline))
+            .and_then(|()| self.drain_courier(deadline))
+            .and_then(|()| self.send_all_acks());
+        match drained {
+            Ok(()) => End::Stopped {
+                unfinished: self.window.outstanding(),
+            },
+            Err(end) => end,
+        }
+    }
+
+    fn drain_workers(&mut self, feed: &Feed<'_>, deadline: Instant) -> Result<(), End> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            select! {
+                recv(feed.outbox) -> settled => match settled {
+                    Ok(settled) => self.settle_burst(settled, feed.outbox)?,
+                    Err(_) => return Ok(()),
+                },
+                recv(self.courier.fates()) -> fate => match fate {
+                    Ok(fate) => self.delivered(fate)?,
+                    Err(_) => return Err(End::Lost("the courier is gone".to_owned())),
+                },
+                default(left) => return Ok(()),
+            }
+            self.send_acks()?;
+        }
+    }
+
+    fn drain_courier(&mut self, deadline: Instant) -> Result<(), End> {
+        self.courier.finish();
+        while let Ok(fate) = self.courier.fates().recv_deadline(deadline) {
+            self.delivered(fate)?;
+        }
+        Ok(())
+    }
+}

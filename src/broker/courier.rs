@@ -1,0 +1,320 @@
+//! Copies of messages, for retries and for dead letters that the daemon
+//! publishes itself: on a thread and a connection of their own, confirmed and
+//! mandatory, because an alarm on the broker blocks connections that publish.
+//!
+//! A courier belongs to one connection of a consumer. The original stays
+//! unacknowledged until its copy is confirmed, so that the prefetch bounds
+//! what a courier holds, and nothing is lost with it.
+
+mod copy;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
+
+pub(super) use copy::Copy;
+
+use super::connection;
+use super::publisher::{Fate, Limits, PublishError, Publisher, Seq};
+use super::topology;
+use crate::backoff::Backoff;
+use crate::config::checked;
+use crate::random;
+
+/// What may be unconfirmed, and how long the broker may block one message.
+const LIMITS: Limits = Limits {
+    messages: 256,
+    bytes: 4 << 20,
+    wait: Duration::from_secs(2),
+};
+
+/// Longest wait for confirms before new copies are looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// How long a courier that ends waits for the confirms that are out.
+const LAST_CONFIRMS_WITHIN: Duration = Duration::from_secs(2);
+
+/// Longest wait for the broker's answer to one call.
+const CALL_WITHIN: Duration = Duration::from_secs(10);
+
+/// What became of the copy of a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Delivered {
+    /// The broker has it: the original can go.
+    Yes,
+    /// It was not sent, or nobody knows: the original stays.
+    No,
+    /// It cannot be sent: its headers leave no room for the daemon's own.
+    Unfit,
+}
+
+/// The broker thread's side.
+pub(super) struct Courier {
+    copies: Option<Sender<Copy>>,
+    fates: Receiver<(u64, Delivered)>,
+}
+
+impl Courier {
+    /// Starts the thread; it connects when it has something to send.
+    pub(super) fn start(
+        broker: &checked::Broker,
+        consumer: &checked::Consumer,
+        backoff: Backoff,
+    ) -> std::io::Result<Self> {
+        let prefetch = usize::from(consumer.prefetch);
+        let (copies, orders) = bounded(prefetch);
+        let (tell, fates) = bounded(prefetch);
+        let mut clerk = Clerk {
+            broker: broker.clone(),
+            consumer: Arc::new(consumer.clone()),
+            backoff,
+            orders,
+            tell,
+            publisher: None,
+            waiting: VecDeque::new(),
+            sent: HashMap::new(),
+            failures: 0,
+            not_before: Instant::now(),
+            ending: false,
+        };
+        std::thread::Builder::new()
+            .name(format!("{}-courier", consumer.name))
+            .spawn(move || clerk.run())?;
+        Ok(Self {
+            copies: Some(copies),
+            fates,
+        })
+    }
+
+    /// Gives it a copy to send. False when the courier is no more.
+    pub(super) fn send(&self, copy: Copy) -> bool {
+        // There is room for every delivery that can be out.
+        let copies = self.copies.as_ref();
+        copies.is_some_and(|copies| copies.try_send(copy).is_ok())
+    }
+
+    /// Fates by delivery tag, for a `select!`; disconnected when the courier
+    /// has ended.
+    pub(super) fn fates(&self) -> &Receiver<(u64, Delivered)> {
+        &self.fates
+    }
+
+    /// Has it end: what is not sent comes back at once, the rest with its
+    /// confirm or after a moment.
+    pub(super) fn finish(&mut self) {
+        self.copies = None;
+    }
+}
+
+/// The courier's own side.
+struct Clerk {
+    broker: checked::Broker,
+    consumer: Arc<checked::Consumer>,
+    backoff: Backoff,
+    orders: Receiver<Copy>,
+    tell: Sender<(u64, Delivered)>,
+    publisher: Option<Publisher>,
+    waiting: VecDeque<Copy>,
+    sent: HashMap<Seq, Copy>,
+    /// Failures in a row, and when to try again.
+    failures: u32,
+    not_before: Instant,
+    ending: bool,
+}
+
+/// The broker thread has gone: so does its courier.
+struct Gone;
+
+impl Clerk {
+    fn run(&mut self) {
+        while !self.ending {
+            if self.take_orders().and_then(|()| self.work()).is_err() {
+                return;
+            }
+        }
+        self.end();
+    }
+
+    /// Takes what there is to send; waits for it when there is nothing to do.
+    fn take_orders(&mut self) -> Result<(), Gone> {
+        if self.waiting.is_empty() && self.sent.is_empty() {
+            match self.orders.recv() {
+                Ok(copy) => self.waiting.push_back(copy),
+                Err(_) => self.ending = true,
+            }
+        }
+        loop {
+            match self.orders.try_recv() {
+                Ok(copy) => self.waiting.push_back(copy),
+                Err(TryRecvError::Empty) => return Ok(()),
+                Err(TryRecvError::Disconnected) => {
+                    self.ending = true;
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn work(&mut self) -> Result<(), Gone> {
+        let left = self.not_before.saturating_duration_since(Instant::now());
+        if left.is_zero() && !self.ending {
+            while let Some(copy) = self.waiting.pop_front() {
+                match self.send(copy)? {
+                    true => {}
+                    false => break,
+                }
+            }
+        } else if self.sent.is_empty() && !self.ending {
+            // Nothing to listen for: a new order, or the end, or time passes.
+            match self.orders.recv_timeout(left) {
+                Ok(copy) => self.waiting.push_back(copy),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => self.ending = true,
+            }
+            return Ok(());
+        }
+        self.listen(LOOK_EVERY)
+    }
+
+    /// Sends one copy. False when it has to wait.
+    fn send(&mut self, copy: Copy) -> Result<bool, Gone> {
+        let publisher = match &mut self.publisher {
+            Some(publisher) => publisher,
+            None => {
+                let purpose = format!("{} publisher", self.consumer.name);
+                match Publisher::open(&self.broker, &purpose, LIMITS) {
+                    Ok(publisher) => self.publisher.insert(publisher),
+                    Err(error) => {
+                        self.waiting.push_front(copy);
+                        self.fail(&error.to_string());
+                        return Ok(false);
+                    }
+                }
+            }
+        };
+        let parts = copy.outgoing(&self.consumer, random::draw());
+        let route = (parts.exchange.as_str(), parts.routing_key.as_str());
+        match publisher.publish_copy(route, copy.body(), parts.properties) {
+            Ok(seq) => {
+                self.sent.insert(seq, copy);
+                Ok(true)
+            }
+            Err(PublishError::Unfit(unfit)) if copy.is_bare() => {
+                // It came as it is, so this cannot be; but it must not spin.
+                self.waiting.push_back(copy);
+                self.fail(&unfit.to_string());
+                Ok(false)
+            }
+            Err(PublishError::Unfit(unfit)) => {
+                log::warn!(
+                    consumer = self.consumer.name.as_str();
+                    "a copy cannot carry the daemon's own headers: {unfit}"
+                );
+                match copy.bare(&self.consumer) {
+                    Ok(bare) => self.waiting.push_front(bare),
+                    Err(tag) => self.report(tag, Delivered::Unfit)?,
+                }
+                Ok(true)
+            }
+            Err(error @ (PublishError::NoRoom { .. } | PublishError::Lost { .. })) => {
+                self.waiting.push_front(copy);
+                self.fail(&error.to_string());
+                Ok(false)
+            }
+        }
+    }
+
+    /// Takes in confirms, and what was lost with its connection.
+    fn listen(&mut self, within: Duration) -> Result<(), Gone> {
+        let Some(publisher) = &mut self.publisher else {
+            return Ok(());
+        };
+        let fates = publisher.wait(within);
+        let lost = publisher.lost().map(str::to_owned);
+        for (seq, fate) in fates {
+            let Some(copy) = self.sent.remove(&seq) else {
+                continue;
+            };
+            match fate {
+                Fate::Confirmed => {
+                    self.failures = 0;
+                    self.report(copy.tag(), Delivered::Yes)?;
+                }
+                Fate::Returned { text, .. } => {
+                    let to = copy.destination(&self.consumer);
+                    self.waiting.push_back(copy);
+                    self.fail(&format!("{to} takes no message: {text}"));
+                    self.declare_again();
+                }
+                Fate::Nacked => {
+                    let to = copy.destination(&self.consumer);
+                    self.waiting.push_back(copy);
+                    self.fail(&format!("{to} refused a message: is it full?"));
+                }
+                Fate::Unknown => self.waiting.push_back(copy),
+            }
+        }
+        if let Some(cause) = lost {
+            self.publisher = None;
+            // None of them will be heard of.
+            self.waiting.extend(self.sent.drain().map(|(_, copy)| copy));
+            self.fail(&cause);
+        }
+        Ok(())
+    }
+
+    /// A retry queue may have been deleted under the daemon.
+    fn declare_again(&self) {
+        let declared = connection::open(&self.broker, &format!("{} topology", self.consumer.name))
+            .map_err(|error| error.to_string())
+            .and_then(|mut link| {
+                topology::declare_retry_queues(&mut link, &self.consumer, CALL_WITHIN)
+                    .map_err(|error| error.to_string())
+            });
+        if let Err(error) = declared {
+            log::debug!(consumer = self.consumer.name.as_str(); "failed to declare again: {error}");
+        }
+    }
+
+    /// Waits before the next try, and says so ever more rarely.
+    fn fail(&mut self, cause: &str) {
+        let delay = self.backoff.delay(self.failures, random::draw());
+        self.not_before = Instant::now() + delay;
+        self.failures = self.failures.saturating_add(1);
+        if self.failures.is_power_of_two() {
+            log::warn!(
+                consumer = self.consumer.name.as_str(), tries = self.failures,
+                waiting = self.waiting.len();
+                "copies of messages wait, their originals unacknowledged: {cause}"
+            );
+        }
+    }
+
+    fn report(&self, tag: u64, fate: Delivered) -> Result<(), Gone> {
+        self.tell.send((tag, fate)).map_err(|_| Gone)
+    }
+
+    /// What is not sent stays where it is; what is sent has a moment to be
+    /// confirmed.
+    fn end(&mut self) {
+        let deadline = Instant::now() + LAST_CONFIRMS_WITHIN;
+        loop {
+            for copy in std::mem::take(&mut self.waiting) {
+                if self.report(copy.tag(), Delivered::No).is_err() {
+                    return;
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if self.sent.is_empty() || left.is_zero() || self.listen(left).is_err() {
+                break;
+            }
+        }
+        for copy in std::mem::take(&mut self.sent).into_values() {
+            if self.report(copy.tag(), Delivered::No).is_err() {
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Why a topology is not there.
+
+use std::time::Duration;
+
+/// Why what a consumer needs on the broker is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum TopologyError {
+    /// Something of that name exists with other properties.
+    #[error("failed to {action}: {text}\n  hint: {}", mismatch_hint(text))]
+    Mismatch {
+        /// What was tried, and on what: `declare queue orders`.
+        action: String,
+        /// The broker's words.
+        text: String,
+    },
+    /// Nothing of that name exists, and the configuration says to make nothing.
+    #[error(
+        "failed to {action}: {text}\n  hint: make it, or set mode = \"declare\" in \
+         [consumer.topology] and the daemon does"
+    )]
+    Missing {
+        /// What was tried, and on what.
+        action: String,
+        /// The broker's words.
+        text: String,
+    },
+    /// The dead-letter exchange exists and leads to no queue.
+    #[error(
+        "failed to find where dead letters go: no queue takes what exchange {exchange} is \
+         given\n  hint: bind queue {queue} to it, or set mode = \"declare\" in \
+         [consumer.topology] and the daemon does; where dead letters go by another exchange, name \
+         it in dead_letter_exchange and set mode = \"none\" and dead_letters = \"publish\""
+    )]
+    Nowhere {
+        /// The dead-letter exchange.
+        exchange: String,
+        /// The dead-letter queue.
+        queue: String,
+    },
+    /// The user lacks a right.
+    #[error(
+        "failed to {action}: {text}\n  hint: the daemon's user needs configure, write and read \
+         permission on it; comparing an argument needs the right to configure too"
+    )]
+    Denied {
+        /// What was tried, and on what.
+        action: String,
+        /// The broker's words.
+        text: String,
+    },
+    /// The connection or the channel is gone, or something there is not up.
+    #[error("failed to {action}: {text}")]
+    Lost {
+        /// What was tried, and on what.
+        action: String,
+        /// What went wrong.
+        text: String,
+    },
+}
+
+fn mismatch_hint(text: &str) -> &'static str {
+    if text.contains("x-dead-letter-") {
+        "a message rejected there would not come to the dead-letter queue: give the queue that \
+         argument by making it anew, or set mode = \"none\" and dead_letters = \"publish\" in \
+         [consumer.topology], and the daemon publishes dead letters itself"
+    } else {
+        "change the configuration to match what exists, or delete what exists if it is empty and \
+         unused"
+    }
+}
+
+impl TopologyError {
+    /// True where trying again alone changes nothing: what is on the broker and
+    /// what is configured do not fit together.
+    #[must_use]
+    pub fn is_config(&self) -> bool {
+        match self {
+            Self::Mismatch { .. } | Self::Missing { .. } | Self::Nowhere { .. } => true,
+            Self::Denied { .. } | Self::Lost { .. } => false,
+        }
+    }
+
+    pub(super) fn new(action: &str, error: &amiquip::Error) -> Self {
+        let action = action.to_owned();
+        match error {
+            amiquip::Error::ServerClosedChannel { code, message, .. } => {
+                let text = message.clone();
+                match code {
+                    // The broker says 404 also of a queue whose node is down.
+                    404 if text.contains("no queue") || text.contains("no exchange") => {
+                        Self::Missing { action, text }
+                    }
+                    406 => Self::Mismatch { action, text },
+                    403 => Self::Denied { action, text },
+                    _ => Self::Lost { action, text },
+                }
+            }
+            amiquip::Error::ServerClosedConnection { message, .. } => Self::Lost {
+                action,
+                text: message.clone(),
+            },
+            other => Self::Lost {
+                action,
+                text: other.to_string(),
+            },
+        }
+    }
+
+    pub(super) fn timed_out(action: &str, within: Duration) -> Self {
+        Self::Lost {
+            action: action.to_owned(),
+            text: format!("no answer from the broker within {within:?}"),
+        }
+    }
+}

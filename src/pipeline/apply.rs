@@ -1,0 +1,406 @@
+//! Steps 4 to 6: ledger rows, handler and commit, in as few transactions as
+//! the messages at fault allow; and what a failure asks for.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::Worker;
+use super::item::Item;
+use crate::failpoint::{self, Step};
+use crate::failure::{self, Class, Failure};
+use crate::handler::Work;
+use crate::ledger::{CommitError, Record};
+use crate::lifecycle::Event;
+use crate::message::{Fingerprint, MessageId};
+use crate::postgres::Error;
+use crate::random;
+
+/// How often a transaction that lost a race with another one is run again at
+/// once, within the same attempt.
+const RACES_MAX: u32 = 3;
+
+/// After so many failures of the world's that one message alone met, while
+/// others succeeded between them, they are taken for the message's own.
+const STRIKES_MAX: u32 = 2;
+
+/// How long the world may be broken before what is held is given back. A
+/// broker before RabbitMQ 4.3 counts each return towards the delivery limit.
+const GIVE_BACK_AFTER: Duration = Duration::from_secs(1);
+
+/// Messages that a worker keeps meanwhile, to find out that it is mended.
+const PROBES_MAX: usize = 4;
+
+/// Where a try failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Before the handler: nothing of the message's content was looked at.
+    Ledger,
+    /// In the handler, or in the commit of what it did.
+    Handler,
+}
+
+/// How one try of a batch in one transaction ended.
+enum Tried {
+    /// Every item has been dealt with.
+    Through,
+    /// The same again, at once.
+    Again,
+    /// Somebody in the batch is at fault.
+    Split,
+    /// Some of them may kill their worker: each of those for itself.
+    Apart,
+    /// Nobody is at fault: the same again, after a while.
+    Wait(Trouble),
+}
+
+/// Why a try has to wait.
+struct Trouble {
+    failure: Failure,
+    stage: Stage,
+}
+
+impl Worker {
+    /// Applies `items`. What has to wait goes behind what need not.
+    pub(super) fn apply(&mut self, items: Vec<Item>) {
+        let mut groups = VecDeque::from([items]);
+        let mut tries = 0;
+        self.reconnected = false;
+        loop {
+            let before = self.shared.gate.successes();
+            let trouble = self.go_through(&mut groups);
+            self.conclude();
+            let Some(trouble) = trouble else { return };
+            // What is decided must not wait for what is not.
+            self.tell();
+            let alone = self.shared.gate.successes() == before;
+            if alone && trouble.failure.class == Class::Systemic {
+                self.close_gate(&trouble.failure);
+            }
+            if self.pause(tries, &trouble.failure) {
+                self.give_back(&mut groups, 0);
+                return;
+            }
+            tries += 1;
+            if self.shared.gate.closed_for() >= Some(GIVE_BACK_AFTER) {
+                self.give_back(&mut groups, PROBES_MAX);
+            }
+            let held: usize = groups.iter().map(Vec::len).sum();
+            if trouble.stage == Stage::Handler && held < PROBES_MAX {
+                // The world may be broken for these alone: another will tell.
+                groups.push_front(self.take_probe());
+            }
+        }
+    }
+
+    /// Tries every group, and leaves those that have to wait, with the reason.
+    fn go_through(&mut self, groups: &mut VecDeque<Vec<Item>>) -> Option<Trouble> {
+        let before = self.shared.gate.successes();
+        let mut waiting = VecDeque::new();
+        let mut trouble: Option<Trouble> = None;
+        while let Some(mut items) = groups.pop_front() {
+            let tried = self.attempt(&mut items);
+            items.append(&mut self.again);
+            match tried {
+                Tried::Through if items.is_empty() => {}
+                Tried::Through | Tried::Again => groups.push_front(items),
+                Tried::Split => split(items, groups),
+                Tried::Apart => {
+                    let (alone, together) = items.into_iter().partition(|item| item.alone);
+                    groups.extend(Vec::into_iter(alone).map(|item: Item| vec![item]));
+                    groups.push_front(together);
+                }
+                Tried::Wait(new) => {
+                    // When one message alone met it and no other fared better,
+                    // looking for one that is at fault is in vain.
+                    let broken = trouble.is_some() && self.shared.gate.successes() == before;
+                    let systemic = new.failure.class == Class::Systemic;
+                    let divisible = !systemic || (new.stage == Stage::Handler && !broken);
+                    if divisible && items.len() > 1 {
+                        split(items, groups);
+                        continue;
+                    }
+                    waiting.push_back(items);
+                    if systemic && new.stage == Stage::Ledger {
+                        waiting.append(groups);
+                    }
+                    trouble = Some(new);
+                }
+            }
+        }
+        // Next time another one goes first.
+        waiting.rotate_left(usize::from(waiting.len() > 1));
+        *groups = waiting;
+        trouble
+    }
+
+    /// One transaction. Items that are dealt with leave `items`.
+    fn attempt(&mut self, items: &mut Vec<Item>) -> Tried {
+        items.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        match self.examine(items) {
+            Ok(true) => {}
+            Ok(false) => return Tried::Apart,
+            Err(error) => return self.undo(items, error, Stage::Ledger),
+        }
+        let suspects = self.shared.suspects.clone();
+        let _one_at_a_time = items.iter().any(|item| item.alone).then(|| suspects.lock());
+        match self.mark_suspects(items).and_then(|()| self.record(items)) {
+            Ok(()) => {}
+            Err(error) => return self.undo(items, error, Stage::Ledger),
+        }
+        failpoint::hit(Step::Recorded);
+        if items.is_empty() {
+            self.ledger.rollback();
+            return Tried::Through;
+        }
+        let begun = Instant::now();
+        let handled = self.run_handler(items);
+        for item in items.iter_mut() {
+            item.duration = Some(begun.elapsed());
+        }
+        match handled.and_then(|()| self.unmark_suspects(items)) {
+            Ok(()) => {}
+            Err(error) => return self.undo(items, error, Stage::Handler),
+        }
+        failpoint::hit(Step::Applied);
+        match self.ledger.commit() {
+            Ok(()) => {
+                failpoint::hit(Step::Committed);
+                self.open_gate();
+                for mut item in items.drain(..) {
+                    item.marked = false;
+                    self.advance(item, Event::Committed);
+                }
+                Tried::Through
+            }
+            Err(CommitError::Refused(failure)) => {
+                self.undo(items, Error::Refused(failure), Stage::Handler)
+            }
+            Err(CommitError::Unknown(cause)) => {
+                for item in items.iter_mut() {
+                    item.on(Event::CommitUnknown);
+                }
+                self.wait_for(Error::Lost(cause).into_failure(), Stage::Ledger)
+            }
+        }
+    }
+
+    /// 4. Inserts the ledger rows. Duplicates and conflicts leave `items`.
+    fn record(&mut self, items: &mut Vec<Item>) -> Result<(), Error> {
+        if items.is_empty() {
+            return Ok(());
+        }
+        self.ledger.begin()?;
+        let entries: Vec<(&MessageId, Fingerprint)> = items
+            .iter()
+            .filter_map(|item| Some((item.id.as_ref()?, item.fingerprint)))
+            .collect();
+        let records = self.ledger.record(&entries)?;
+        for (mut item, record) in std::mem::take(items).into_iter().zip(records) {
+            match record {
+                Record::Inserted => {
+                    item.on(Event::Inserted);
+                    items.push(item);
+                }
+                Record::Found(print) => {
+                    let body = item.compare(print);
+                    self.advance(item, Event::Found(body));
+                }
+                Record::Vanished => self.again.push(item),
+            }
+        }
+        Ok(())
+    }
+
+    /// 5. Runs the handler on the fresh messages.
+    fn run_handler(&mut self, items: &mut [Item]) -> Result<(), Error> {
+        let work: Vec<Work<'_>> = items
+            .iter()
+            .filter_map(|item| {
+                failpoint::meet(&item.delivery.message.body);
+                Some(Work {
+                    message_id: item.id.as_ref()?,
+                    message: &item.delivery.message,
+                    attempt: item.attempt(),
+                })
+            })
+            .collect();
+        self.handler.apply(self.ledger.session()?, &work)?;
+        for item in items {
+            item.on(Event::Succeeded);
+        }
+        Ok(())
+    }
+
+    /// Rolls back and finds out what the error asks for.
+    fn undo(&mut self, items: &mut Vec<Item>, error: Error, stage: Stage) -> Tried {
+        let lost = !matches!(error, Error::Refused(_));
+        let mut failure = error.into_failure();
+        let code = failure.code.as_deref().unwrap_or("");
+        if stage == Stage::Handler
+            && let Some(class) = self.shared.consumer.failures.class_of(code)
+        {
+            failure.class = class;
+        }
+        // A session may itself be what is wrong, with plans that no longer fit.
+        match lost || failure.class == Class::Systemic {
+            true => self.ledger.lost(),
+            false => self.ledger.rollback(),
+        }
+        let at_fault = match stage {
+            Stage::Handler => failure.class != Class::Systemic,
+            // All that the ledger is given of a message is its id.
+            Stage::Ledger => failure.is_data_exception(),
+        };
+        if at_fault && items.len() > 1 {
+            for item in items.iter_mut() {
+                item.on(Event::BatchFailed);
+            }
+            return Tried::Split;
+        }
+        if !at_fault && !self.is_struck_out(items, stage) {
+            for item in items.iter_mut() {
+                item.on(Event::Failed(Class::Systemic));
+            }
+            if lost && !std::mem::replace(&mut self.reconnected, true) {
+                return Tried::Again;
+            }
+            return self.wait_for(failure, stage);
+        }
+        self.blame(items, failure)
+    }
+
+    fn wait_for(&mut self, failure: Failure, stage: Stage) -> Tried {
+        Tried::Wait(Trouble { failure, stage })
+    }
+
+    /// Whether what seems to be the world's fault is that of the one message
+    /// in `items`: it met it again and again while others succeeded.
+    fn is_struck_out(&self, items: &mut [Item], stage: Stage) -> bool {
+        let ([item], Stage::Handler) = (items, stage) else {
+            return false;
+        };
+        let successes = self.shared.gate.successes();
+        let others_succeeded = item.failed_at.is_some_and(|then| successes > then);
+        item.strikes += u32::from(others_succeeded);
+        item.failed_at = Some(successes);
+        item.strikes >= STRIKES_MAX
+    }
+
+    /// The failure is that of the one message in `items`.
+    fn blame(&mut self, items: &mut Vec<Item>, failure: Failure) -> Tried {
+        let code = failure.code.as_deref().unwrap_or("");
+        for mut item in std::mem::take(items) {
+            if failure::is_race(code) && item.races < RACES_MAX {
+                item.races += 1;
+                item.on(Event::BatchFailed);
+                items.push(item);
+                continue;
+            }
+            item.failure = Some(failure.clone());
+            match failure.class {
+                Class::Permanent => self.advance(item, Event::Failed(Class::Permanent)),
+                Class::Transient | Class::Systemic => self.failed.push(item),
+            }
+        }
+        match items.is_empty() {
+            true => Tried::Through,
+            false => Tried::Again,
+        }
+    }
+
+    /// Decides about the attempts that failed and may succeed later: they are
+    /// counted, unless there were so many in a row that the world must be
+    /// broken.
+    fn conclude(&mut self) {
+        let failed = std::mem::take(&mut self.failed);
+        let Some(last) = failed.last().and_then(|item| item.failure.clone()) else {
+            return;
+        };
+        let retry = &self.shared.consumer.retry;
+        let most = retry.max_attempts;
+        let count = u32::try_from(failed.len()).unwrap_or(u32::MAX);
+        let in_row = self.shared.gate.failed(count, retry.breaker);
+        let broken = in_row || self.shared.gate.is_closed();
+        if in_row {
+            self.close_gate(&last);
+        }
+        for mut item in failed {
+            item.counted = !broken;
+            if !broken && item.attempt() >= most {
+                self.advance(item, Event::Exhausted);
+            } else if most > 1 {
+                self.advance(item, Event::Failed(Class::Transient));
+            } else {
+                // There is no retry queue for it to wait in.
+                item.on(Event::Failed(Class::Systemic));
+                self.advance(item, Event::Stopping);
+            }
+        }
+    }
+
+    /// Gives back all but `keep` of what waits, and keeps each of those for
+    /// itself.
+    fn give_back(&mut self, groups: &mut VecDeque<Vec<Item>>, keep: usize) {
+        let mut kept = VecDeque::new();
+        for item in groups.drain(..).flatten() {
+            match kept.len() < keep {
+                true => kept.push_back(vec![item]),
+                false => self.advance(item, Event::Stopping),
+            }
+        }
+        *groups = kept;
+        self.tell();
+    }
+
+    fn open_gate(&mut self) {
+        self.reconnected = false;
+        self.trials = 0;
+        if let Some(closed_for) = self.shared.gate.succeeded() {
+            log::info!(
+                consumer = self.shared.consumer.name.as_str(),
+                paused_ms = u64::try_from(closed_for.as_millis()).unwrap_or(u64::MAX);
+                "resumed"
+            );
+        }
+    }
+
+    pub(super) fn close_gate(&mut self, failure: &Failure) {
+        if self.shared.gate.close() {
+            log::warn!(
+                consumer = self.shared.consumer.name.as_str(),
+                code = failure.code.as_deref().unwrap_or(""),
+                class = failure.class.as_str();
+                "paused: {}", self.in_public(failure)
+            );
+        }
+    }
+
+    /// What the log may say: an error about a message may quote it.
+    fn in_public<'a>(&self, failure: &'a Failure) -> &'a str {
+        match failure.class {
+            Class::Systemic => failure.text.as_str(),
+            Class::Transient | Class::Permanent => "attempts fail, see the failure journal",
+        }
+    }
+
+    /// Waits before the next try. True when the daemon stops.
+    pub(super) fn pause(&self, tries: u32, failure: &Failure) -> bool {
+        let delay = self.shared.backoff.delay(tries, random::draw());
+        // A wait that lasts is told again, ever more rarely.
+        if tries.is_power_of_two() {
+            log::warn!(
+                consumer = self.shared.consumer.name.as_str(),
+                code = failure.code.as_deref().unwrap_or(""),
+                tries = tries;
+                "still waiting: {}", self.in_public(failure)
+            );
+        }
+        self.shared.stop.wait(delay)
+    }
+}
+
+fn split(mut items: Vec<Item>, groups: &mut VecDeque<Vec<Item>>) {
+    let rest = items.split_off(items.len() / 2);
+    groups.push_front(rest);
+    groups.push_front(items);
+}

@@ -1,0 +1,107 @@
+//! Messages that may have killed a worker. What comes back `redelivered` was
+//! in somebody's hands when a connection, a worker or a process ended. Before
+//! such a message is run, a mark in the ledger says so, and the commit of its
+//! effect takes the mark away: a mark that another worker left behind is a
+//! death. Who has one is run alone, and who has too many is quarantined; what
+//! was only near it goes on.
+
+use super::Worker;
+use super::item::Item;
+use crate::failure::{Class, Failure};
+use crate::lifecycle::Event;
+use crate::message::MessageId;
+use crate::postgres::Error;
+
+impl Worker {
+    /// Looks at the redelivered among `items`. False when some of them have to
+    /// be run alone and are not.
+    pub(super) fn examine(&mut self, items: &mut Vec<Item>) -> Result<bool, Error> {
+        let unexamined = |item: &Item| item.delivery.message.redelivered && !item.examined;
+        if items.iter().any(unexamined) {
+            self.look_for_marks(items)?;
+        }
+        Ok(items.len() < 2 || !items.iter().any(|item| item.alone))
+    }
+
+    fn look_for_marks(&mut self, items: &mut Vec<Item>) -> Result<(), Error> {
+        let ids: Vec<&str> = items
+            .iter()
+            .filter(|item| item.delivery.message.redelivered && !item.examined)
+            .filter_map(|item| item.id.as_ref().map(MessageId::as_str))
+            .collect();
+        let deaths = self.ledger.suspects(&ids)?;
+        let mut doomed = Vec::new();
+        for mut item in std::mem::take(items) {
+            let id = item.id.as_ref().map_or("", MessageId::as_str);
+            // A mark is first made when the message has come back once.
+            let seen = deaths.get(id).filter(|seen| **seen > 0);
+            let seen = seen.map_or(0, |seen| seen.saturating_add(1));
+            item.examined = true;
+            item.alone |= seen > 0;
+            match seen >= self.shared.consumer.max_deaths {
+                true => doomed.push((item, seen)),
+                false => items.push(item),
+            }
+        }
+        self.quarantine(doomed)
+    }
+
+    /// Dead-letters what its workers died of, unless it took effect after all.
+    fn quarantine(&mut self, doomed: Vec<(Item, u32)>) -> Result<(), Error> {
+        if doomed.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<&str> = doomed
+            .iter()
+            .filter_map(|(item, _)| item.id.as_ref().map(MessageId::as_str))
+            .collect();
+        let found = self.ledger.find(&ids)?;
+        for (mut item, deaths) in doomed {
+            item.marked = true;
+            let known = item.id.as_ref().and_then(|id| found.get(id.as_str()));
+            match known.map(|print| item.compare(*print)) {
+                Some(body) => self.advance(item, Event::Found(body)),
+                None => {
+                    item.failure = Some(Failure {
+                        class: Class::Permanent,
+                        code: None,
+                        text: format!("its worker died {deaths} times while it was in work"),
+                    });
+                    self.advance(item, Event::Quarantined);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks the redelivered among `items`, before they are run.
+    pub(super) fn mark_suspects(&mut self, items: &mut [Item]) -> Result<(), Error> {
+        let suspects = |item: &&Item| item.delivery.message.redelivered && !item.marked;
+        let ids: Vec<&str> = items
+            .iter()
+            .filter(suspects)
+            .filter_map(|item| item.id.as_ref().map(MessageId::as_str))
+            .collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        self.ledger.mark(&ids)?;
+        for item in items {
+            item.marked |= item.delivery.message.redelivered;
+        }
+        Ok(())
+    }
+
+    /// Takes the marks away, in the transaction of the effects.
+    pub(super) fn unmark_suspects(&mut self, items: &[Item]) -> Result<(), Error> {
+        let ids: Vec<&str> = items
+            .iter()
+            .filter(|item| item.marked)
+            .filter_map(|item| item.id.as_ref().map(MessageId::as_str))
+            .collect();
+        match ids.is_empty() {
+            true => Ok(()),
+            false => self.ledger.unmark(&ids),
+        }
+    }
+}
