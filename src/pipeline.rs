@@ -77,7 +77,7 @@ pub struct Worker {
     failed: Vec<Item>,
     /// Claims of the current batch.
     tokens: Vec<Token>,
-    /// A lost session was replaced, and nothing has succeeded since.
+    /// The session was replaced, and nothing has succeeded since.
     reconnected: bool,
     /// Batches tried since the gate was closed.
     trials: u32,

@@ -225,7 +225,8 @@ fn what_a_retry_carries_is_what_was_published() {
         serde_json::from_str::<serde_json::Value>(&headers[0]).unwrap(),
         serde_json::json!({ "text": "a", "bytes": "\\x00ff", "CC": ["elsewhere"] })
     );
-    assert_eq!(world.broker.ready("elsewhere"), 1, "routed there once");
+    // In the default exchange, where retries are published, CC would name it.
+    assert!(world.broker.is_empty("elsewhere"));
     daemon.stop();
 }
 
@@ -244,7 +245,10 @@ fn ten_thousand_messages_wait_while_their_table_is_gone_and_none_is_harmed() {
         let ready = i64::from(world.broker.ready(ORDERS));
         ready + 64 >= 10_000 - world.db.count("select count(*) from gone")
     });
-    assert!(!daemon.logged(&["lost the broker"]), "it keeps its connection");
+    assert!(
+        !daemon.logged(&["lost the broker"]),
+        "it keeps its connection"
+    );
     world.db.execute("alter table gone rename to effect");
     world.wait_for_effects(10_000);
     daemon.wait_for_log(&["resumed"]);

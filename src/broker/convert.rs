@@ -10,6 +10,20 @@ use crate::message::{
     Repairs, USER_ID_HEADER, hex,
 };
 
+/// Headers that the broker wrote about the journey of a message. In a copy
+/// they would be a forgery, and where a broker believes them it drops a message
+/// that seems to go in circles.
+pub(super) const OF_THE_BROKER: [&str; 8] = [
+    "x-death",
+    "x-first-death-exchange",
+    "x-first-death-queue",
+    "x-first-death-reason",
+    "x-last-death-exchange",
+    "x-last-death-queue",
+    "x-last-death-reason",
+    "x-delivery-count",
+];
+
 /// Takes the body out of a delivery and leaves the shell: what is needed to
 /// settle it, or to make a copy of it.
 pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> Message {
@@ -66,6 +80,11 @@ fn headers(table: &FieldTable) -> Map<String, Value> {
         USER_ID_HEADER,
     ] {
         headers.remove(own);
+    }
+    // A copy comes without what the broker wrote about the original: this is
+    // about its way through a retry queue.
+    if table.contains_key(ATTEMPTS_HEADER) {
+        headers.retain(|name, _| !OF_THE_BROKER.contains(&name.as_str()));
     }
     if let Some(cc) = headers.remove(CC_HEADER) {
         headers.insert("CC".to_owned(), cc);

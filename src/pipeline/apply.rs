@@ -261,7 +261,13 @@ impl Worker {
             for item in items.iter_mut() {
                 item.on(Event::Failed(Class::Systemic));
             }
-            if lost && !std::mem::replace(&mut self.reconnected, true) {
+            // It may be the session that is wrong, and no more.
+            if !std::mem::replace(&mut self.reconnected, true) {
+                log::info!(
+                    consumer = self.shared.consumer.name.as_str(),
+                    code = failure.code.as_deref().unwrap_or("");
+                    "replaced a database session: {}", self.in_public(&failure)
+                );
                 return Tried::Again;
             }
             return self.wait_for(failure, stage);

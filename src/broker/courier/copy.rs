@@ -5,25 +5,12 @@ use std::time::Duration;
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 
+use crate::broker::convert::OF_THE_BROKER;
 use crate::config::checked::{self, DeadLetters};
 use crate::message::{
     ATTEMPTS_HEADER, CC_HEADER, DeadReason, EXCHANGE_HEADER, Parcel, Purpose, REASON_HEADER,
     ROUTING_KEY_HEADER, USER_ID_HEADER,
 };
-
-/// Headers that the broker wrote about the journey of the message that is
-/// copied. In a copy they would be a forgery, and where a broker believes them
-/// it drops a message that seems to go in circles.
-const OF_THE_BROKER: [&str; 8] = [
-    "x-death",
-    "x-first-death-exchange",
-    "x-first-death-queue",
-    "x-first-death-reason",
-    "x-last-death-exchange",
-    "x-last-death-queue",
-    "x-last-death-reason",
-    "x-delivery-count",
-];
 
 /// One copy to be sent.
 pub(in crate::broker) struct Copy {
