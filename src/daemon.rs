@@ -22,6 +22,7 @@ use crate::ledger::{self, Schema};
 use crate::message::{Epoch, Settled};
 use crate::pool::Pool;
 use crate::postgres::{self, Session};
+use crate::prune;
 use crate::random;
 use crate::stop::Stop;
 
@@ -63,6 +64,7 @@ pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
     }
     // One consumer that cannot go on stops the others.
     let (stop_all, all_stopping) = crate::stop::pair();
+    prune::start(config, &all_stopping)?;
     let (ended, ends) = bounded(config.consumers.len());
     let mut threads = Vec::new();
     for consumer in &config.consumers {

@@ -14,9 +14,11 @@ use crate::config::checked;
 use crate::handler::sql::SqlHandler;
 use crate::ledger::{self, Schema};
 use crate::postgres::{Error, Session};
+use crate::prune;
 
-/// Oldest PostgreSQL with `gen_random_uuid()`, in libpq's form.
-const POSTGRES_MIN: u32 = 130_000;
+/// Oldest PostgreSQL that reads a range of pages by `ctid` alone, which pruning
+/// needs, in libpq's form.
+const POSTGRES_MIN: u32 = 140_000;
 
 /// Oldest Redis with `SET … NX GET`.
 const REDIS_MIN: u32 = 7;
@@ -146,7 +148,7 @@ fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(
         u32::try_from(version).is_ok_and(|version| version >= POSTGRES_MIN),
         Severity::Wrong,
         &format!("{}.{}", version / 10_000, version % 10_000),
-        "PostgreSQL 13 or newer is needed",
+        "PostgreSQL 14 or newer is needed",
     );
     findings.require(
         "PostgreSQL encoding",
@@ -212,7 +214,12 @@ fn postgres_schema(
         sqlx::query_scalar(
             "SELECT relation || ' (' || privilege || ')' FROM (VALUES \
              ('ackonce.ledger', 'SELECT'), ('ackonce.ledger', 'INSERT'), \
-             ('ackonce.failure', 'INSERT'), ('ackonce.instance', 'SELECT'), \
+             ('ackonce.ledger', 'DELETE'), ('ackonce.failure', 'SELECT'), \
+             ('ackonce.failure', 'INSERT'), ('ackonce.failure', 'DELETE'), \
+             ('ackonce.suspect', 'SELECT'), ('ackonce.suspect', 'INSERT'), \
+             ('ackonce.suspect', 'UPDATE'), ('ackonce.suspect', 'DELETE'), \
+             ('ackonce.sweep', 'SELECT'), ('ackonce.sweep', 'INSERT'), \
+             ('ackonce.sweep', 'UPDATE'), ('ackonce.instance', 'SELECT'), \
              ('ackonce.consumer', 'SELECT'), ('ackonce.consumer', 'INSERT'), \
              ('ackonce.migration', 'SELECT')) AS needed (relation, privilege) \
              WHERE NOT has_table_privilege(relation, privilege)",
@@ -225,12 +232,18 @@ fn postgres_schema(
         lacking.is_empty(),
         Severity::Denied,
         &if lacking.is_empty() {
-            "ledger and journal can be written".to_owned()
+            "ledger and journal can be written and pruned".to_owned()
         } else {
             format!("missing: {}", lacking.join(", "))
         },
         "grant them to the daemon's role",
     );
+    let retention = config.ledger.retention;
+    for letters in ledger::prune::uncovered(session, retention)? {
+        let subject = format!("dead letters of {}", letters.consumer);
+        let text = prune::warning(&letters, retention);
+        findings.add(&subject, Severity::Warning, text);
+    }
     Ok(())
 }
 

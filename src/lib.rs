@@ -25,7 +25,7 @@
 //! | data and rules | [`message`], [`lifecycle`], [`failure`], [`identity`], [`backoff`], [`config::checked`], [`broker::window`] | do I/O |
 //! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`gate`], [`postgres`] | know what a message means |
 //! | adapters | [`broker`], [`claim`], [`ledger`], [`handler`] | know one another |
-//! | work | [`pipeline`], [`pool`], [`inspect`] | name AMQP or Redis types |
+//! | work | [`pipeline`], [`pool`], [`inspect`], [`prune`], [`why`] | name AMQP or Redis types |
 //! | process | [`daemon`], [`observe`] | exit |
 //! | command line | [`cli`], `main.rs` | have logic of their own |
 //!
@@ -53,5 +53,7 @@ pub mod observe;
 pub mod pipeline;
 pub mod pool;
 pub mod postgres;
+pub mod prune;
 pub mod random;
 pub mod stop;
+pub mod why;

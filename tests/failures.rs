@@ -199,8 +199,8 @@ fn what_a_retry_carries_is_what_was_published() {
     use amiquip::AmqpValue;
     let world = World::new();
     let orders = Consumer::orders().bind("shop", "topic", "order.*").sql(
-        "insert into effect (message_id, body, note) select case when attempt > 1 \
-         then message_id else message_id || repeat('x', (1/0)::int) end, \
+        "insert into effect (message_id, body, note) select \
+         message_id || repeat('x', 0 / (attempt - 1)), \
          headers, exchange || '|' || routing_key || '|' || attempt from message",
     );
     let config = world
@@ -244,7 +244,7 @@ fn ten_thousand_messages_wait_while_their_table_is_gone_and_none_is_harmed() {
         let ready = i64::from(world.broker.ready(ORDERS));
         ready + 64 >= 10_000 - world.db.count("select count(*) from gone")
     });
-    assert_eq!(world.management.connections(world.name()).len(), 1 + 1);
+    assert!(!daemon.logged(&["lost the broker"]), "it keeps its connection");
     world.db.execute("alter table gone rename to effect");
     world.wait_for_effects(10_000);
     daemon.wait_for_log(&["resumed"]);

@@ -36,7 +36,13 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("ledger", &[]),
         ("handler", &[]),
     ],
-    &[("pipeline", &[]), ("inspect", &[]), ("pool", &["pipeline"])],
+    &[
+        ("pipeline", &[]),
+        ("inspect", &["prune"]),
+        ("pool", &["pipeline"]),
+        ("prune", &[]),
+        ("why", &[]),
+    ],
     &[("daemon", &[])],
     &[("cli", &[])],
 ];

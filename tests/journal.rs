@@ -7,34 +7,13 @@ use std::collections::HashMap;
 use std::sync::Barrier;
 use std::time::Duration;
 
-use ackonce::config::checked::{Postgres, Secret};
 use ackonce::failure::{Class, Failure};
-use ackonce::ledger::{self, JournalEntry, Ledger};
+use ackonce::ledger::{JournalEntry, Ledger};
 use ackonce::message::{DeadReason, Fingerprint, MessageId};
-use ackonce::postgres::Session;
 use common::World;
 
-fn postgres(world: &World) -> Postgres {
-    Postgres {
-        url: Secret::new(world.postgres_url().to_owned()),
-        connect_timeout: Duration::from_secs(5),
-        statement_timeout: Duration::from_secs(5),
-        lock_timeout: Duration::from_secs(5),
-        idle_in_transaction_timeout: Duration::from_secs(5),
-        auto_migrate: true,
-    }
-}
-
-/// A world with the schema in its database.
-fn migrated() -> World {
-    let world = World::new();
-    let mut session = Session::open(&postgres(&world), "test").unwrap();
-    ledger::migrate(&mut session).unwrap();
-    world
-}
-
 fn worker(world: &World, consumer: &str, owner: u64) -> Ledger {
-    Ledger::new(postgres(world), consumer, "host/1", 3, owner)
+    Ledger::new(world.postgres(), consumer, "host/1", 3, owner)
 }
 
 fn failure(class: Class, code: Option<&str>, text: &str) -> Failure {
@@ -61,7 +40,7 @@ fn entry<'a>(id: Option<&'a MessageId>, failure: &'a Failure) -> JournalEntry<'a
 
 #[test]
 fn an_attempt_that_will_be_repeated_is_journalled_as_fully_as_a_dead_letter() {
-    let world = migrated();
+    let world = World::migrated();
     let id = MessageId::new("m").unwrap();
     let later = failure(Class::Transient, Some("40P01"), "deadlock detected");
     let never = failure(Class::Permanent, None, "exit status 65");
@@ -115,7 +94,7 @@ fn an_attempt_that_will_be_repeated_is_journalled_as_fully_as_a_dead_letter() {
 
 #[test]
 fn texts_from_outside_are_cut_and_lose_what_postgresql_cannot_hold() {
-    let world = migrated();
+    let world = World::migrated();
     let id = MessageId::new("m").unwrap();
     let long = format!("\0{}", "é".repeat(5_000));
     let bad = failure(Class::Transient, Some("5\0 3"), &long);
@@ -141,7 +120,7 @@ fn texts_from_outside_are_cut_and_lose_what_postgresql_cannot_hold() {
 
 #[test]
 fn a_run_that_ends_leaves_no_mark_and_one_that_dies_is_counted() {
-    let world = migrated();
+    let world = World::migrated();
     let mut first = worker(&world, "orders", u64::MAX);
     assert!(first.suspects(&["a", "b"]).unwrap().is_empty());
     // The same id twice in a batch is one run.
@@ -179,7 +158,7 @@ fn deaths(marks: &[(&str, u32)]) -> HashMap<String, u32> {
 
 #[test]
 fn a_mark_taken_off_in_a_transaction_that_fails_is_still_there() {
-    let world = migrated();
+    let world = World::migrated();
     let mut ledger = worker(&world, "orders", 1);
     ledger.mark(&["a"]).unwrap();
     ledger.begin().unwrap();
@@ -194,7 +173,7 @@ fn a_mark_taken_off_in_a_transaction_that_fails_is_still_there() {
 
 #[test]
 fn workers_that_mark_the_same_messages_in_another_order_do_not_block_each_other() {
-    let world = migrated();
+    let world = World::migrated();
     let ids: Vec<String> = (0..500).map(|n| format!("m{n:03}")).collect();
     let forward: Vec<&str> = ids.iter().map(String::as_str).collect();
     let backward: Vec<&str> = forward.iter().rev().copied().collect();

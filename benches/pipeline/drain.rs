@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use crate::database::Database;
 use crate::messages::Load;
 use crate::stage::{PATIENCE, QueueType, Stage};
-use crate::subject::{Kind, Settings, Subject};
+use crate::subject::{self, Kind, Settings, Subject};
 
 /// Between two looks at the queue.
 const LOOK_EVERY: Duration = Duration::from_millis(4);
@@ -29,12 +29,15 @@ pub struct Drain {
     pub per_second: f64,
     /// Processor seconds of the subject for a million messages.
     pub cpu_per_million: f64,
+    /// The same of the whole machine: subject, servers and observer.
+    pub machine_cpu_per_million: f64,
 }
 
 struct Sample {
     at: Instant,
     ready: u32,
     cpu: Duration,
+    machine_cpu: Duration,
 }
 
 /// Fills the queue, has a subject drain it, and checks that every message took
@@ -112,6 +115,7 @@ fn watch(
             at: before + (now - before) / 2,
             ready,
             cpu: subject.cpu()?,
+            machine_cpu: subject::machine_cpu()?,
         });
         if ready == 0 {
             return Ok(samples);
@@ -164,9 +168,10 @@ fn stretch(samples: &[Sample], count: usize) -> Result<Drain> {
     );
     let (first, last) = (inside[0], inside[inside.len() - 1]);
     let messages = f64::from(first.ready) - f64::from(last.ready);
-    let seconds = (last.at - first.at).as_secs_f64();
+    let per_million = |used: Duration| used.as_secs_f64() / messages * 1e6;
     Ok(Drain {
-        per_second: messages / seconds,
-        cpu_per_million: (last.cpu - first.cpu).as_secs_f64() / messages * 1e6,
+        per_second: messages / (last.at - first.at).as_secs_f64(),
+        cpu_per_million: per_million(last.cpu - first.cpu),
+        machine_cpu_per_million: per_million(last.machine_cpu - first.machine_cpu),
     })
 }

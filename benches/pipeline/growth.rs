@@ -14,6 +14,10 @@ use crate::{Plan, stats};
 
 const KIND: Kind = Kind::Daemon { workers: 4 };
 
+/// Bytes of write-ahead log ever written. A row that goes to a page which the
+/// last checkpoint has seen takes the whole page along.
+const WAL: &str = "SELECT (pg_current_wal_lsn() - '0/0')::bigint";
+
 struct Ledger {
     rows: u64,
     database: Database,
@@ -21,7 +25,7 @@ struct Ledger {
 }
 
 /// Throughput with ledgers of several sizes, in turns, each in a database of
-/// its own; and the bytes of a row.
+/// its own; what each message writes; and the bytes of a row.
 pub fn run(stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
     let mut ledgers = Vec::new();
     for rows in &plan.ledger_rows {
@@ -44,9 +48,13 @@ pub fn run(stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
                 ledger.database.execute("TRUNCATE ackonce.ledger")?;
             }
             let settings = stage.settings(&ledger.url, QueueType::Classic);
+            let written = ledger.database.number(WAL)?;
             let drained = measure(stage, plan, &mut ledger.database, &settings)
                 .with_context(|| format!("failed to measure {key}"))?;
             report.add(&key, "messages/s", drained.per_second);
+            let written = ledger.database.number(WAL)? - written;
+            let key = format!("{key}/wal-per-message");
+            report.add(&key, "bytes", written as f64 / plan.messages as f64);
         }
     }
     for ledger in &mut ledgers {

@@ -2,6 +2,7 @@
 //! the usual way, on the same servers, queues and messages. Run it with
 //! `script/bench`; docs/performance.md says how it measures.
 
+mod amqp;
 mod consumers;
 mod database;
 mod drain;

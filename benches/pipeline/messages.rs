@@ -7,6 +7,7 @@ use amiquip::{AmqpProperties, Channel, Confirm, Connection, Publish};
 use anyhow::{Context, Result, bail, ensure};
 use crossbeam_channel::Receiver;
 
+use crate::amqp;
 use crate::stage::PATIENCE;
 
 /// Publishes that may wait for their confirm at a time.
@@ -165,9 +166,8 @@ impl Load {
     }
 }
 
-fn open(amqp: &str) -> Result<(Connection, Channel)> {
-    let mut connection =
-        Connection::insecure_open(amqp).context("failed to connect to RabbitMQ")?;
+fn open(url: &str) -> Result<(Connection, Channel)> {
+    let mut connection = amqp::connect(url)?;
     let channel = connection.open_channel(None)?;
     Ok((connection, channel))
 }

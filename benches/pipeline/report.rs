@@ -14,7 +14,8 @@ struct Measure {
     values: Vec<f64>,
 }
 
-/// Everything that was measured, in the order in which it was measured first.
+/// Everything that was measured, in the order in which it was measured first;
+/// what belongs together by the first word of its key stands together.
 #[derive(Default)]
 pub struct Report {
     measures: Vec<Measure>,
@@ -146,7 +147,15 @@ impl Report {
             "{:width$} {:>12} {:>12} {:>12}  unit",
             "measure", "median", "least", "most"
         )?;
-        for measure in &self.measures {
+        let mut measures: Vec<&Measure> = self.measures.iter().collect();
+        let group = |m: &Measure| {
+            let word = m.key.split('/').next().unwrap_or_default();
+            self.measures
+                .iter()
+                .position(|m| m.key.starts_with(&format!("{word}/")))
+        };
+        measures.sort_by_key(|m| group(m));
+        for measure in measures {
             let [middle, least, most] = measure.summary().map(number);
             writeln!(
                 out,

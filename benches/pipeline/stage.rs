@@ -11,6 +11,7 @@ use redis::Commands;
 use tempfile::TempDir;
 use url::Url;
 
+use crate::amqp;
 use crate::database::Database;
 use crate::messages::Random;
 use crate::subject::{Kind, Settings, Subject};
@@ -87,8 +88,7 @@ pub struct Stage {
 
 impl Stage {
     pub fn new(servers: Servers) -> Result<Self> {
-        let mut connection =
-            Connection::insecure_open(&servers.amqp).context("failed to connect to RabbitMQ")?;
+        let mut connection = amqp::connect(&servers.amqp)?;
         let channel = connection.open_channel(None)?;
         let redis = redis::Client::open(servers.redis.as_str())
             .and_then(|client| client.get_connection())

@@ -226,6 +226,24 @@ impl Subject {
     }
 }
 
+/// Processor time that everything on this machine has used so far: what a
+/// subject asks of the servers is part of its price.
+pub fn machine_cpu() -> Result<Duration> {
+    let stat = std::fs::read_to_string("/proc/stat").context("failed to read /proc/stat")?;
+    let line = stat.lines().next().unwrap_or_default();
+    let ticks: Vec<u64> = line
+        .split_whitespace()
+        .skip(1)
+        .map(str::parse)
+        .collect::<Result<_, _>>()
+        .context("strange /proc/stat")?;
+    // user, nice, system; then idle and iowait; then irq and softirq.
+    let busy: u64 = [0, 1, 2, 5, 6].iter().filter_map(|i| ticks.get(*i)).sum();
+    Ok(Duration::from_millis(
+        busy * 1_000 / u64::from(TICKS_PER_SECOND),
+    ))
+}
+
 impl Drop for Subject {
     fn drop(&mut self) {
         // Both fail when it has ended, which is as good.

@@ -1,11 +1,20 @@
 //! `ackonce ledger`: looking after the ledger by hand.
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 
-use super::migrate::report;
+use super::migrate::{open_current, report};
 use super::{ConfigArgument, Exit, output};
+use crate::config::{format_duration, read_duration};
 use crate::ledger;
+use crate::ledger::prune::Sweeper;
 use crate::postgres::Session;
+use crate::prune::{self, Round};
+use crate::stop;
+
+/// Longest `--older-than`: a hundred years.
+const OLDER_THAN_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// Arguments of `ackonce ledger`.
 #[derive(Debug, Args)]
@@ -23,6 +32,43 @@ enum Command {
         #[command(flatten)]
         config: ConfigArgument,
     },
+    /// Delete rows older than the retention now, as a daemon does in time: of
+    /// the ledger, the failure journal and the crash marks, in small batches
+    Prune(PruneArguments),
+}
+
+/// Arguments of `ackonce ledger prune`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A duplicate of a message whose ledger row is deleted is a new message. The \
+reason of a dead letter that was never applied is kept ten times as long as the rest. Ctrl-C \
+stops between two batches.\n\nExit status: 0 done, 1 stopped before the end, 2 bad arguments, \
+69 PostgreSQL cannot be reached, 75 somebody else prunes, 77 denied, 78 bad configuration."
+)]
+struct PruneArguments {
+    #[command(flatten)]
+    config: ConfigArgument,
+
+    /// Only count the rows
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Delete rows older than this instead of `[ledger] retention`, such as
+    /// 12h or 90d
+    #[arg(long, value_name = "DURATION", value_parser = older_than)]
+    older_than: Option<Duration>,
+
+    /// Do so even where that is shorter than the retention, and ends the
+    /// promise for the messages in between
+    #[arg(long)]
+    yes: bool,
+}
+
+fn older_than(text: &str) -> Result<Duration, String> {
+    match read_duration(text)? {
+        long if long > OLDER_THAN_MAX => Err("is longer than 100 years".to_owned()),
+        duration => Ok(duration),
+    }
 }
 
 /// Does what was asked for.
@@ -39,5 +85,61 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
             output(&format!("the ledger's id is now {id}\n"));
             Ok(Exit::Success)
         }
+        Command::Prune(arguments) => prune(arguments),
     }
+}
+
+fn prune(arguments: &PruneArguments) -> Result<Exit, Exit> {
+    let config = arguments.config.load()?;
+    let retention = config.ledger.retention;
+    let older_than = arguments.older_than.unwrap_or(retention);
+    if older_than < retention && !arguments.dry_run && !arguments.yes {
+        eprintln!(
+            "ackonce: {} is shorter than the retention of {}: duplicates of the messages in \
+             between would be applied again\n  hint: look with --dry-run first, then add --yes",
+            format_duration(older_than),
+            format_duration(retention)
+        );
+        return Err(Exit::Usage);
+    }
+    let (stopper, stop) = stop::pair();
+    let mut stopper = Some(stopper);
+    ctrlc::set_handler(move || drop(stopper.take())).map_err(|error| {
+        eprintln!("ackonce: failed to handle signals: {error}");
+        Exit::System
+    })?;
+    let mut sweeper = Sweeper::new(open_current(&config, "prune")?);
+    let uncovered = sweeper.uncovered(retention).map_err(|e| report(&e))?;
+    for letters in &uncovered {
+        let text = prune::warning(letters, retention);
+        eprintln!("ackonce: warning: consumer {}: {text}", letters.consumer);
+    }
+    let act = match arguments.dry_run {
+        true => prune::count,
+        false => prune::delete,
+    };
+    let round = act(&mut sweeper, &config.ledger, older_than, &stop).map_err(|e| report(&e))?;
+    let (counts, exit) = match round {
+        Round::Through(counts) => (counts, Exit::Success),
+        Round::Stopped(counts) => (counts, Exit::Partial),
+        Round::Busy | Round::Early => {
+            eprintln!("ackonce: somebody else prunes this ledger\n  hint: try again in a moment");
+            return Err(Exit::TryAgain);
+        }
+    };
+    let verb = match arguments.dry_run {
+        true => "would delete",
+        false => "deleted",
+    };
+    output(&format!(
+        "{verb} what is older than {}:\nledger          {}\nfailure journal {}\ncrash marks     {}\n",
+        format_duration(older_than),
+        counts.ledger,
+        counts.journal,
+        counts.suspects
+    ));
+    if exit == Exit::Partial {
+        eprintln!("ackonce: stopped before the end");
+    }
+    Ok(exit)
 }

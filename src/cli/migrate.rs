@@ -3,7 +3,8 @@
 use clap::Args;
 
 use super::{ConfigArgument, Exit, output};
-use crate::ledger;
+use crate::config::Config;
+use crate::ledger::{self, Schema};
 use crate::postgres::{Error, Session};
 
 /// Arguments of `ackonce migrate`.
@@ -25,6 +26,22 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
     ledger::migrate(&mut session).map_err(|e| report(&e))?;
     output("the schema ackonce is up to date\n");
     Ok(Exit::Success)
+}
+
+/// Connects to a ledger whose schema is the one this program needs, or says
+/// why not.
+pub(super) fn open_current(config: &Config, purpose: &str) -> Result<Session, Exit> {
+    let mut session = Session::open(&config.postgres, purpose).map_err(|e| report(&e))?;
+    match ledger::schema(&mut session).map_err(|e| report(&e))? {
+        Schema::Current => Ok(session),
+        Schema::Behind(count) => {
+            eprintln!(
+                "ackonce: the schema ackonce lacks {count} migration(s) of this version\n  hint: \
+                 run `ackonce migrate`"
+            );
+            Err(Exit::Config)
+        }
+    }
 }
 
 /// Says what PostgreSQL said, and with which status to leave.

@@ -6,6 +6,7 @@ pub mod ledger;
 pub mod migrate;
 pub mod publish;
 pub mod run;
+pub mod why;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -28,6 +29,8 @@ pub enum Exit {
     Unreachable,
     /// 71: the system does not give what a process needs.
     System,
+    /// 75: somebody else is at it: try again later.
+    TryAgain,
     /// 77: a server does not allow it.
     Denied,
     /// 78: the configuration, or what it describes, is not right.
@@ -44,6 +47,7 @@ impl From<Exit> for ExitCode {
             Exit::Usage => 2,
             Exit::Unreachable => 69,
             Exit::System => 71,
+            Exit::TryAgain => 75,
             Exit::Denied => 77,
             Exit::Config => 78,
             Exit::Interrupted => 130,
@@ -61,7 +65,8 @@ pub struct Cli {
 }
 
 const EXIT_STATUS: &str = "Exit status: 0 done, 1 done in part, 2 bad arguments, 69 a server \
-cannot be reached, 71 system error, 77 a server denies it, 78 bad configuration, 130 interrupted.";
+cannot be reached, 71 system error, 75 try again later, 77 a server denies it, 78 bad \
+configuration, 130 interrupted.";
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]
@@ -74,6 +79,8 @@ pub enum Command {
     Migrate(migrate::Arguments),
     /// Look after the ledger
     Ledger(ledger::Arguments),
+    /// Tell what became of one message
+    Why(why::Arguments),
     /// Publish messages, each confirmed by the broker: for tests and repairs
     Publish(publish::Arguments),
 }
@@ -133,6 +140,7 @@ pub fn main() -> Exit {
         Command::Check(arguments) => check::run(&arguments),
         Command::Migrate(arguments) => migrate::run(&arguments),
         Command::Ledger(arguments) => ledger::run(&arguments),
+        Command::Why(arguments) => why::run(&arguments),
         Command::Publish(arguments) => publish::run(&arguments),
     };
     result.unwrap_or_else(|exit| exit)

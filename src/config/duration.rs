@@ -62,6 +62,15 @@ pub(super) fn parse(text: &str) -> Result<Duration, Complaint> {
     Ok(Duration::from_millis(total))
 }
 
+/// As the configuration reads it, for what is typed elsewhere.
+///
+/// # Errors
+///
+/// What is wrong with `text`, and the way out.
+pub fn read(text: &str) -> Result<Duration, String> {
+    parse(text).map_err(|Complaint { message, hint }| format!("{message}; {hint}"))
+}
+
 /// The shortest text that the configuration reads as `duration`, to the millisecond.
 #[must_use]
 pub fn format(duration: Duration) -> String {

@@ -28,7 +28,7 @@ use std::path::Path;
 use toml::de::DeTable;
 
 pub use checked::Config;
-pub use duration::format as format_duration;
+pub use duration::{format as format_duration, read as read_duration};
 pub use error::{ConfigError, Problem};
 pub use print::to_toml;
 pub use size::format as format_size;

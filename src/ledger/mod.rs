@@ -5,7 +5,9 @@
 //! and again after it lost its session; it never retries by itself.
 
 mod journal;
+pub mod prune;
 mod schema;
+pub mod story;
 mod suspect;
 
 use std::collections::{HashMap, HashSet};

@@ -13,6 +13,7 @@ mod broker;
 mod config;
 mod daemon;
 mod database;
+mod library;
 mod management;
 mod proxy;
 pub mod raw;

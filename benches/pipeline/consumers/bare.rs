@@ -1,14 +1,15 @@
 //! amiquip alone: what a consumer without any promise reaches.
 
-use amiquip::{Connection, ConsumerOptions};
+use amiquip::ConsumerOptions;
 use anyhow::Result;
 
 use super::{Arguments, Stop};
+use crate::amqp;
 
 /// Acks every delivery; with `together_max` above 1, up to so many that are
 /// waiting with one ack.
 pub(super) fn run(arguments: &Arguments, stop: &Stop, together_max: usize) -> Result<()> {
-    let mut connection = Connection::insecure_open(&arguments.amqp)?;
+    let mut connection = amqp::connect(&arguments.amqp)?;
     let channel = connection.open_channel(None)?;
     channel.qos(0, arguments.prefetch, false)?;
     let consumer = channel.basic_consume(arguments.queue.as_str(), ConsumerOptions::default())?;

@@ -7,13 +7,14 @@
 
 use std::thread::{self, ScopedJoinHandle};
 
-use amiquip::{Channel, Connection, ConsumerOptions, Delivery};
+use amiquip::{Channel, ConsumerOptions, Delivery};
 use anyhow::{Context, Result, anyhow, ensure};
 use sha2::{Digest, Sha256};
 use sqlx::{Connection as _, PgConnection};
 use tokio::runtime::{Builder, Runtime};
 
 use super::{Arguments, Stop};
+use crate::amqp;
 use crate::stage::CONSUMER;
 use crate::subject::REFERENCE_THREADS;
 
@@ -31,7 +32,7 @@ const RECORD_AND_APPLY: &str = "WITH fresh AS (INSERT INTO ackonce.ledger \
      SELECT message_id, $4::text::jsonb FROM fresh";
 
 pub(super) fn run(arguments: &Arguments, stop: &Stop, fused: bool) -> Result<()> {
-    let mut connection = Connection::insecure_open(&arguments.amqp)?;
+    let mut connection = amqp::connect(&arguments.amqp)?;
     let channels = (0..REFERENCE_THREADS)
         .map(|_| connection.open_channel(None))
         .collect::<amiquip::Result<Vec<Channel>>>()?;
