@@ -15,22 +15,10 @@ use std::time::Duration;
 use amiquip::Channel;
 
 use super::connection::Link;
-use crate::config::checked::{Broker, Consumer, DeadLetters, Topology, TopologyMode};
+use crate::config::checked::{Broker, Consumer, DeadLetters, TopologyMode};
 pub use error::TopologyError;
 use parts::Part;
 pub use probe::HEADER as PROBE_HEADER;
-
-/// The queue in which messages of `topology`'s work queue wait `delay` for
-/// their retry: `orders.retry.1m30s`.
-///
-/// A copy sent there must not carry an `x-death` header: up to RabbitMQ 3.13 the
-/// broker believes it, and drops without a word what expires here and, by that
-/// header, was in the work queue before and left it for another reason than a
-/// reject (its delivery limit, say).
-#[must_use]
-pub fn retry_queue(topology: &Topology, delay: Duration) -> String {
-    topology.retry_queue(delay)
-}
 
 /// Everything that comes before consuming: makes what is needed, compares it or
 /// looks for it, and then proves that a dead letter has somewhere to go. Each
