@@ -97,6 +97,8 @@ pub struct Claims {
     prefix: String,
     consumer: String,
     ledger_id: Arc<str>,
+    /// What every key begins with.
+    stem: String,
     tokens: Tokens,
     shelf: Shelf,
 }
@@ -118,6 +120,7 @@ impl Claims {
             prefix: redis.key_prefix.clone(),
             consumer: consumer.to_owned(),
             ledger_id: "".into(),
+            stem: String::new(),
             tokens: Tokens::new()?,
             shelf: Shelf::default(),
         })
@@ -128,6 +131,7 @@ impl Claims {
     pub fn set_ledger(&mut self, ledger_id: &Arc<str>) {
         if self.ledger_id != *ledger_id {
             self.ledger_id = Arc::clone(ledger_id);
+            self.stem = format!("{}:{ledger_id}:{}:", self.prefix, self.consumer);
         }
     }
 
@@ -137,15 +141,10 @@ impl Claims {
         let token = self.tokens.next();
         let keys: Vec<String> = ids.iter().map(|id| self.key(id)).collect();
         let mut pipeline = redis::Pipeline::with_capacity(keys.len());
+        let (value, lease) = (token.value(), milliseconds(self.config.lease));
         for key in &keys {
-            pipeline
-                .cmd("SET")
-                .arg(key)
-                .arg(token.value())
-                .arg("NX")
-                .arg("GET")
-                .arg("PX")
-                .arg(milliseconds(self.config.lease));
+            let set = pipeline.cmd("SET").arg(key).arg(&value);
+            set.arg("NX").arg("GET").arg("PX").arg(lease);
         }
         // Counted from before the request: the lease runs from some time
         // after this, never from before it.
@@ -174,14 +173,11 @@ impl Claims {
             return;
         }
         let mut pipeline = redis::Pipeline::with_capacity(done.len());
+        let ttl = milliseconds(self.config.done_ttl);
         for (id, print) in done {
-            pipeline
-                .cmd("SET")
-                .arg(self.key(id))
-                .arg(format!("d:{}", hex(&print.0)))
-                .arg("PX")
-                .arg(milliseconds(self.config.done_ttl))
-                .ignore();
+            let mark = ["d:", &hex(&print.0)].concat();
+            let set = pipeline.cmd("SET").arg(self.key(id)).arg(mark);
+            set.arg("PX").arg(ttl).ignore();
         }
         self.link.query::<Value>(&pipeline);
     }
@@ -210,10 +206,7 @@ impl Claims {
     }
 
     fn key(&self, id: &MessageId) -> String {
-        format!(
-            "{}:{}:{}:{}",
-            self.prefix, self.ledger_id, self.consumer, id
-        )
+        [self.stem.as_str(), id.as_str()].concat()
     }
 }
 

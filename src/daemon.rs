@@ -306,7 +306,7 @@ impl Runner {
     }
 
     /// A new connection, or what there is to do without one.
-    fn open(&self, outbox: &Receiver<Settled>) -> Result<Link, Next> {
+    fn open(&self, outbox: &Receiver<Vec<Settled>>) -> Result<Link, Next> {
         let (done, opened) = bounded(1);
         let broker = self.config.broker.clone();
         let purpose = format!("{} consumer", self.consumer.name);
@@ -325,7 +325,7 @@ impl Runner {
                     Err(_) => Err(Next::Reconnect("the connecting thread panicked".to_owned())),
                 },
                 recv(outbox) -> settled => match settled {
-                    Ok(settled) => self.discard(&settled),
+                    Ok(settled) => settled.iter().for_each(|one| self.discard(one)),
                     // The last worker is gone, and only a panic ends one now.
                     Err(_) => return Err(Next::Restart),
                 },
@@ -336,7 +336,7 @@ impl Runner {
 
     /// Waits without a connection. Says what to do when that is not to be
     /// waited for.
-    fn wait_discarding(&self, outbox: &Receiver<Settled>, delay: Duration) -> Option<Next> {
+    fn wait_discarding(&self, outbox: &Receiver<Vec<Settled>>, delay: Duration) -> Option<Next> {
         let deadline = Instant::now() + delay;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -345,7 +345,7 @@ impl Runner {
             }
             select! {
                 recv(outbox) -> settled => match settled {
-                    Ok(settled) => self.discard(&settled),
+                    Ok(settled) => settled.iter().for_each(|one| self.discard(one)),
                     Err(_) => return Some(Next::Restart),
                 },
                 recv(self.stop.as_receiver()) -> _ => return Some(Next::Unconnected),

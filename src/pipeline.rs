@@ -12,6 +12,7 @@ mod suspects;
 mod verdict;
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -38,13 +39,22 @@ use verdict::Verdict;
 /// Most body bytes in one transaction; a single larger message stands alone.
 const BATCH_BYTES_MAX: usize = 16 << 20;
 
+/// How long a batch that is less than half full may grow while other workers
+/// are busy: so many steps of so long.
+const GROWING_MAX: u32 = 4;
+const GROWING_STEP: Duration = Duration::from_micros(250);
+
 /// What a worker shares with the rest of its consumer.
 #[derive(Clone)]
 pub struct Shared {
     /// Deliveries from the broker thread.
     pub inbox: Receiver<Delivery>,
-    /// Settlements to the broker thread.
-    pub outbox: Sender<Settled>,
+    /// Settlements to the broker thread, those of a batch together.
+    pub outbox: Sender<Vec<Settled>>,
+    /// Held by the worker whose turn it is to take a batch.
+    pub turn: Turn,
+    /// Workers that are busy with a batch.
+    pub busy: Arc<AtomicUsize>,
     /// Ids in flight in this consumer.
     pub flights: Arc<Flights<Item>>,
     /// Whether the consumer takes messages.
@@ -58,6 +68,39 @@ pub struct Shared {
     pub consumer: Arc<checked::Consumer>,
     /// Waits between tries when a server is away.
     pub backoff: Backoff,
+}
+
+/// Lets one worker at a time wait for deliveries, so that those that come
+/// together stay together and wake nobody else.
+#[derive(Clone)]
+pub struct Turn {
+    pass: Sender<()>,
+    wait: Receiver<()>,
+}
+
+impl Default for Turn {
+    /// Nobody's.
+    fn default() -> Self {
+        let (pass, wait) = crossbeam_channel::bounded(1);
+        pass.try_send(()).ok();
+        Self { pass, wait }
+    }
+}
+
+/// Passes the turn on when it is dropped.
+struct Held<'a>(&'a Turn);
+
+impl Turn {
+    /// Waits for the turn. `None` when it did not come `within`.
+    fn take(&self, within: Duration) -> Option<Held<'_>> {
+        self.wait.recv_timeout(within).ok().map(|()| Held(self))
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.pass.try_send(()).ok();
+    }
 }
 
 /// One worker thread's own things.
@@ -113,6 +156,7 @@ impl Worker {
     /// Works until the broker thread has closed the inbox.
     pub fn run(mut self) {
         while let Some(deliveries) = self.take() {
+            self.shared.busy.fetch_add(1, Ordering::Relaxed);
             let fresh = self.identify(deliveries);
             let due = self.look_again();
             let heirs = std::mem::take(&mut self.heirs);
@@ -125,6 +169,7 @@ impl Worker {
                     claims.finish(&token);
                 }
             }
+            self.shared.busy.fetch_sub(1, Ordering::Relaxed);
             if self.shared.gate.is_closed() {
                 // Nothing that is tried now succeeds: no haste.
                 let delay = self.shared.backoff.delay(self.trials, random::draw());
@@ -139,25 +184,54 @@ impl Worker {
     }
 
     /// 1. Takes what is waiting, up to a full batch, and never waits to fill
-    ///    it. Empty when only parked deliveries are due.
+    ///    it: only while others are at work is a small batch left to grow, for
+    ///    a moment. Empty when only parked deliveries are due.
     fn take(&mut self) -> Option<Vec<Delivery>> {
-        let first = if self.heirs.is_empty() {
-            let wait = self.next_due().unwrap_or(Duration::from_secs(3600));
-            match self.shared.inbox.recv_timeout(wait) {
-                Ok(delivery) => Some(delivery),
-                Err(RecvTimeoutError::Timeout) => None,
+        let mut batch = Vec::new();
+        if self.heirs.is_empty() {
+            let due = self.next_due().unwrap_or(Duration::from_secs(3600));
+            let deadline = Instant::now() + due;
+            let turn = self.shared.turn.clone();
+            let Some(_turn) = turn.take(due) else {
+                return Some(batch);
+            };
+            match self.shared.inbox.recv_deadline(deadline) {
+                Ok(delivery) => batch.push(delivery),
+                Err(RecvTimeoutError::Timeout) => return Some(batch),
                 Err(RecvTimeoutError::Disconnected) => return None,
             }
+            self.let_it_grow();
+            self.fill(&mut batch);
         } else {
-            None
-        };
-        let mut bytes = 0;
-        let mut batch = Vec::new();
-        batch.extend(first.inspect(|d| bytes += d.message.body.len()));
+            self.fill(&mut batch);
+        }
+        if !batch.is_empty() {
+            failpoint::hit(Step::Received);
+        }
+        Some(batch)
+    }
+
+    /// A transaction costs about as much for one message as for ten, and on a
+    /// busy machine small ones take the time away from the broker. While other
+    /// workers have something to do, nobody is served sooner by another one.
+    fn let_it_grow(&self) {
+        let enough = self.shared.consumer.batch_max / 2;
+        for _ in 0..GROWING_MAX {
+            let waiting = self.shared.inbox.len();
+            let alone = self.shared.busy.load(Ordering::Relaxed) == 0;
+            if alone || waiting >= enough || self.shared.stop.is_set() {
+                return;
+            }
+            std::thread::sleep(GROWING_STEP);
+        }
+    }
+
+    fn fill(&self, batch: &mut Vec<Delivery>) {
         let most = match self.shared.gate.is_closed() {
             true => 1,
             false => self.shared.consumer.batch_max,
         };
+        let mut bytes: usize = batch.iter().map(|d| d.message.body.len()).sum();
         while batch.len() < most && bytes < BATCH_BYTES_MAX {
             let Ok(delivery) = self.shared.inbox.try_recv() else {
                 break;
@@ -165,10 +239,6 @@ impl Worker {
             bytes += delivery.message.body.len();
             batch.push(delivery);
         }
-        if !batch.is_empty() {
-            failpoint::hit(Step::Received);
-        }
-        Some(batch)
     }
 
     fn next_due(&self) -> Option<Duration> {

@@ -18,7 +18,7 @@ use crate::gate::Gate;
 use crate::handler;
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
-use crate::pipeline::{Shared, Worker};
+use crate::pipeline::{Shared, Turn, Worker};
 use crate::random;
 use crate::stop::{self, Stopper};
 
@@ -31,7 +31,7 @@ pub struct Pool {
     /// What no worker has taken yet.
     pub unstarted: Receiver<Delivery>,
     /// Settlements; disconnected when every worker has ended.
-    pub outbox: Receiver<Settled>,
+    pub outbox: Receiver<Vec<Settled>>,
     /// Something comes when a worker has panicked.
     pub panicked: Receiver<()>,
     /// Whether the consumer takes messages, as its workers see the world.
@@ -63,6 +63,8 @@ impl Pool {
             flights: Arc::new(Flights::default()),
             gate: Arc::new(Gate::default()),
             suspects: Arc::default(),
+            turn: Turn::default(),
+            busy: Arc::default(),
             stop,
             consumer: Arc::clone(consumer),
             backoff: Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max),

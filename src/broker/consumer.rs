@@ -49,7 +49,7 @@ pub struct Feed<'a> {
     /// What no worker has taken yet.
     pub unstarted: &'a Receiver<Delivery>,
     /// From the workers; disconnected when all of them have ended.
-    pub outbox: &'a Receiver<Settled>,
+    pub outbox: &'a Receiver<Vec<Settled>>,
     /// A worker panicked.
     pub panicked: &'a Receiver<()>,
     /// Closed while the workers see the world broken.

@@ -19,10 +19,23 @@ pub(super) struct Verdict {
     done: Vec<(MessageId, Fingerprint)>,
     released: Vec<(Token, MessageId)>,
     settled: Vec<Settled>,
+    /// Ids that nobody works on any more, with what became of the last one.
+    left: Vec<(MessageId, Fingerprint, Settlement)>,
     /// To be written into the failure journal.
     failed: Vec<Item>,
     /// Ids whose mark has to go.
     unmarked: Vec<MessageId>,
+}
+
+impl Verdict {
+    fn is_empty(&self) -> bool {
+        self.done.is_empty()
+            && self.released.is_empty()
+            && self.settled.is_empty()
+            && self.left.is_empty()
+            && self.failed.is_empty()
+            && self.unmarked.is_empty()
+    }
 }
 
 impl Worker {
@@ -72,7 +85,7 @@ impl Worker {
         }
     }
 
-    /// Keeps a settlement, and passes the outcome on to what had joined.
+    /// Keeps a settlement, to be told.
     fn settle(&mut self, mut item: Item, settlement: Settlement) {
         if item.marked {
             self.verdict.unmarked.extend(item.id.clone());
@@ -83,19 +96,24 @@ impl Worker {
             settlement,
             parcel,
         });
-        let Some(id) = item.id.filter(|_| item.owner) else {
-            return;
-        };
+        if let Some(id) = item.id.filter(|_| item.owner) {
+            let left = (id, item.fingerprint, settlement);
+            self.verdict.left.push(left);
+        }
+    }
+
+    /// Passes on what became of a message to what had joined it.
+    fn leave(&mut self, id: &MessageId, fingerprint: Fingerprint, settlement: Settlement) {
         if settlement == Settlement::Ack {
-            for joined in self.shared.flights.leave(&id) {
-                let body = joined.compare(item.fingerprint);
+            for joined in self.shared.flights.leave(id) {
+                let body = joined.compare(fingerprint);
                 self.advance(joined, Event::OwnerApplied(body));
             }
         } else if self.shared.stop.is_set() {
-            for joined in self.shared.flights.leave(&id) {
+            for joined in self.shared.flights.leave(id) {
                 self.advance(joined, Event::Stopping);
             }
-        } else if let Some(mut heir) = self.shared.flights.hand_over(&id) {
+        } else if let Some(mut heir) = self.shared.flights.hand_over(id) {
             heir.owner = true;
             self.advance(heir, Event::OwnerGaveUp);
         }
@@ -148,15 +166,20 @@ impl Worker {
             }
             failpoint::hit(Step::Marked);
             self.unmark(&verdict.unmarked);
-            for settled in verdict.settled {
-                if self.shared.outbox.send(settled).is_err() {
-                    log::debug!("nobody is left to settle: the broker gives the message out again");
-                }
+            // Redis knows it by now: whoever comes next is told there.
+            for (id, fingerprint, settlement) in verdict.left {
+                self.leave(&id, fingerprint, settlement);
             }
-            if verdict.failed.is_empty() {
+            let settled = verdict.settled;
+            if !settled.is_empty() && self.shared.outbox.send(settled).is_err() {
+                log::debug!("nobody is left to settle: the broker gives the messages out again");
+            }
+            if !verdict.failed.is_empty() {
+                self.write_down(verdict.failed);
+            }
+            if self.verdict.is_empty() {
                 return;
             }
-            self.write_down(verdict.failed);
         }
     }
 

@@ -222,9 +222,12 @@ impl<'a> Flow<'a> {
         }
     }
 
-    fn settle_burst(&mut self, first: Settled, more: &Receiver<Settled>) -> Result<(), End> {
-        self.settle(first)?;
-        for settled in more.try_iter() {
+    fn settle_burst(
+        &mut self,
+        first: Vec<Settled>,
+        more: &Receiver<Vec<Settled>>,
+    ) -> Result<(), End> {
+        for settled in first.into_iter().chain(more.try_iter().flatten()) {
             self.settle(settled)?;
         }
         Ok(())
