@@ -12,12 +12,8 @@ mod suspects;
 mod verdict;
 
 use std::collections::VecDeque;
-<<<<<<< .merge_file_IHjYp5
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-=======
 use std::sync::{Arc, RwLock};
->>>>>>> .merge_file_BNV0r0
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
