@@ -7,7 +7,6 @@ mod common;
 mod stage;
 
 use std::process::Command;
-use std::time::Duration;
 
 use common::{Consumer, DEADLINE, Msg, ORDERS, eventually};
 use stage::{Stage, foreign, orders};
@@ -26,7 +25,7 @@ fn an_alarm_on_the_broker_stops_nobody_whose_dead_letters_are_kept_anyway() {
         .prepare(classic().set("topology.mode", "declare"))
         .unwrap();
     stage.world.broker.send(ORDERS, [Msg::new("one")]);
-    raise_alarm(Duration::from_secs(4));
+    let alarm = Alarm::raise();
     stage.prepare(orders("verify", "quorum")).unwrap();
     stage.prepare(foreign()).unwrap();
     let error = stage.prepare(classic()).unwrap_err();
@@ -37,21 +36,35 @@ fn an_alarm_on_the_broker_stops_nobody_whose_dead_letters_are_kept_anyway() {
     let got = channel.basic_get(ORDERS, true).unwrap().unwrap();
     assert_eq!(got.delivery.properties.message_id().as_deref(), Some("one"));
     drop(channel);
+    drop(alarm);
     eventually("the alarm is over", || stage.prepare(classic()).is_ok());
 }
 
-/// A memory alarm that ends by itself, whatever becomes of the test.
-fn raise_alarm(lasting: Duration) {
-    let alarm = "{resource_limit, memory, node()}";
-    let code = format!(
-        "rabbit_alarm:set_alarm({{{alarm}, []}}), \
-         timer:apply_after({}, rabbit_alarm, clear_alarm, [{alarm}]).",
-        lasting.as_millis()
-    );
+/// A memory alarm, as long as this lives. It ends by itself too, should the
+/// test be killed.
+struct Alarm;
+
+const MEMORY: &str = "{resource_limit, memory, node()}";
+
+impl Alarm {
+    fn raise() -> Self {
+        evaluate(&format!(
+            "rabbit_alarm:set_alarm({{{MEMORY}, []}}), \
+             timer:apply_after(60000, rabbit_alarm, clear_alarm, [{MEMORY}])."
+        ));
+        Self
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        evaluate(&format!("rabbit_alarm:clear_alarm({MEMORY})."));
+    }
+}
+
+/// Runs Erlang code in the broker.
+fn evaluate(code: &str) {
     let program = std::env::var("ACKONCE_RABBITMQCTL").expect("script/services env sets it");
-    let output = Command::new(program)
-        .args(["eval", &code])
-        .output()
-        .unwrap();
+    let output = Command::new(program).args(["eval", code]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
 }

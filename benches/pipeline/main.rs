@@ -10,6 +10,7 @@ mod growth;
 mod latency;
 mod memory;
 mod messages;
+mod poison;
 mod report;
 mod stage;
 mod stats;
@@ -70,6 +71,7 @@ enum Part {
     Growth,
     Memory,
     Pruning,
+    Poison,
 }
 
 /// How much is measured.
@@ -157,6 +159,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
             Part::Growth => growth::run(stage, &plan, report),
             Part::Memory => memory::run(stage, &plan, report),
             Part::Pruning => growth::pruning(stage, &plan, report),
+            Part::Poison => poison::run(stage, &plan, report),
         };
         // What the others measured is worth having all the same.
         if let Err(error) = result {

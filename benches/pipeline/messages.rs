@@ -66,6 +66,8 @@ pub struct Load {
     ids: Vec<String>,
     order: Vec<usize>,
     body_bytes: usize,
+    /// Of the ids, so many will not take effect.
+    doomed: usize,
 }
 
 impl Load {
@@ -89,6 +91,7 @@ impl Load {
             ids,
             order,
             body_bytes: shape.body_bytes,
+            doomed: 0,
         })
     }
 
@@ -98,7 +101,13 @@ impl Load {
 
     /// How many of them are to take effect.
     pub fn distinct(&self) -> usize {
-        self.ids.len()
+        self.ids.len() - self.doomed
+    }
+
+    /// The id of the message in the middle, which is not to take effect.
+    pub fn doom_one(&mut self) -> &str {
+        self.doomed = 1;
+        self.id(self.len() / 2)
     }
 
     /// The id of the message in this place.

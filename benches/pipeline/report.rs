@@ -102,6 +102,11 @@ impl Report {
                 0.9,
             ),
             at_least(
+                "of none, with one poison message",
+                self.ratio("poison/one", "poison/none"),
+                0.9,
+            ),
+            at_least(
                 "of the ceiling, quorum",
                 throughput("quorum", "bare-one-by-one"),
                 0.9,

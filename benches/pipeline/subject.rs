@@ -289,7 +289,10 @@ fn configuration(settings: &Settings, workers: usize) -> Result<String> {
         settings.postgres.as_str().into(),
     );
     for (path, value) in &settings.extra {
-        set(&mut config, path, value.clone());
+        match path.strip_prefix("consumer.") {
+            Some(path) => set(&mut consumer, path, value.clone()),
+            None => set(&mut config, path, value.clone()),
+        }
     }
     let consumers = Value::Array(vec![Value::Table(consumer)]);
     set(&mut config, "consumer", consumers);

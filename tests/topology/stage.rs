@@ -11,9 +11,9 @@ use amiquip::{
     QueueDeleteOptions,
 };
 
-use crate::common::{Consumer, DEADLINE, ORDERS, ORDERS_DEAD, World};
+use crate::common::{Consumer, DEADLINE, ORDERS_DEAD, World};
 
-/// The dead-letter exchange of [`ORDERS`].
+/// The dead-letter exchange of the queue `orders`.
 pub const DLX: &str = "orders.dlx";
 
 /// A vhost seen with the daemon's eyes.
