@@ -7,6 +7,7 @@
 //! what a courier holds, and nothing is lost with it.
 
 mod copy;
+mod lanes;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
 
 pub(super) use copy::Copy;
+use copy::LaneName;
+use lanes::Lanes;
 
 use super::connection;
 use super::consumer::PAUSED_PREFETCH;
@@ -73,6 +76,7 @@ impl Courier {
             broker: broker.clone(),
             consumer: Arc::new(consumer.clone()),
             backoff,
+            lanes: Lanes::new(backoff),
             orders,
             tell,
             publisher: None,
@@ -116,6 +120,7 @@ struct Clerk {
     broker: checked::Broker,
     consumer: Arc<checked::Consumer>,
     backoff: Backoff,
+    lanes: Lanes,
     orders: Receiver<Copy>,
     tell: Sender<(u64, Delivered)>,
     publisher: Option<Publisher>,
@@ -179,41 +184,48 @@ impl Clerk {
     }
 
     fn until_due(&self) -> Duration {
-        let first = self.waiting.iter().map(Copy::due).min();
+        let due = |copy: &Copy| self.lanes.trouble(copy.lane()).unwrap_or(self.not_before);
         // Without anything that waits, the next round waits for an order.
+        let first = self.waiting.iter().map(due).min();
         first.map_or(Duration::ZERO, |due| {
             let due = due.max(self.not_before);
             due.saturating_duration_since(Instant::now())
         })
     }
 
-    /// Sends what is due. One that fails for itself does not hold up others.
+    /// Sends what is due. A lane in trouble does not hold up the others.
+    ///
+    /// The broker closes the channel over some messages, and takes every
+    /// unconfirmed one with it: those would be sent twice, and again each time.
+    /// So a copy in a lane that is in trouble goes alone.
     fn send_due(&mut self) -> Result<(), Gone> {
         let now = Instant::now();
+        let in_trouble = |lanes: &Lanes, copy: &Copy| lanes.trouble(copy.lane());
         for _ in 0..self.waiting.len() {
-            if self.not_before > now {
+            let alone = self
+                .sent
+                .values()
+                .any(|copy| in_trouble(&self.lanes, copy).is_some());
+            if alone || self.not_before > now {
                 break;
             }
             let Some(copy) = self.waiting.pop_front() else {
                 break;
             };
-            if copy.due() > now {
-                self.waiting.push_back(copy);
-            } else if !self.has_way_for(&copy) {
-                self.waiting.push_front(copy);
-                break;
-            } else if !self.send(copy)? {
-                break;
+            match in_trouble(&self.lanes, &copy) {
+                Some(due) if due > now => self.waiting.push_back(copy),
+                Some(_) if !self.sent.is_empty() => {
+                    self.waiting.push_front(copy);
+                    break;
+                }
+                _ => {
+                    if !self.send(copy)? {
+                        break;
+                    }
+                }
             }
         }
         Ok(())
-    }
-
-    /// The broker closes the channel over some messages, and takes every
-    /// unconfirmed one with it: those would be sent twice, and again each time.
-    /// So what was out when that happened goes alone from then on.
-    fn has_way_for(&self, copy: &Copy) -> bool {
-        self.sent.is_empty() || !(copy.is_suspect() || self.sent.values().any(Copy::is_suspect))
     }
 
     /// Sends one copy. False when no other can be sent now.
@@ -258,12 +270,12 @@ impl Clerk {
 
     /// A copy that cannot be sent, or that the broker will not have, is tried
     /// without what the daemon adds: as a dead letter, since a retry needs it.
-    fn strip(&mut self, mut copy: Copy, why: &str) -> Result<(), Gone> {
+    fn strip(&mut self, copy: Copy, why: &str) -> Result<(), Gone> {
         if copy.is_bare() {
             // As it came; nothing is left to take away, and it must not spin.
-            let failures = self.postpone(&mut copy);
+            let lane = copy.lane();
             self.waiting.push_back(copy);
-            self.complain(failures, why);
+            self.lane_failed(lane, why);
             return Ok(());
         }
         log::warn!(
@@ -285,50 +297,49 @@ impl Clerk {
         let fates = publisher.wait(within);
         let lost = publisher.lost().map(str::to_owned);
         let refused = publisher.refused();
-        // The one that has failed most often, so that each is told once and
-        // then ever more rarely.
-        let mut worst: Option<(u32, String)> = None;
+        // One that was alone tells what it was lost for.
+        let alone = self.sent.len() == 1;
+        let mut troubles: HashMap<LaneName, String> = HashMap::new();
         let mut unroutable = false;
         for (seq, fate) in fates {
-            let Some(mut copy) = self.sent.remove(&seq) else {
+            let Some(copy) = self.sent.remove(&seq) else {
                 continue;
             };
-            let to = copy.destination(&self.consumer);
+            let to = || copy.destination(&self.consumer);
             let trouble = match fate {
                 Fate::Confirmed => {
                     self.failures = 0;
+                    self.lanes.succeeded(copy.lane());
                     self.report(copy.tag(), Delivered::Yes)?;
                     continue;
                 }
                 Fate::Returned { text, .. } => {
                     unroutable = true;
-                    format!("{to} takes no message: {text}")
+                    format!("{} takes no message: {text}", to())
                 }
-                Fate::Nacked => format!("{to} refused a message: is it full?"),
+                Fate::Nacked => format!("{} refused a message: is it full?", to()),
                 Fate::Unknown => {
                     let cause = lost.as_deref().unwrap_or("the connection was lost");
-                    // Alone, it is the one that the broker will not have.
-                    if refused && copy.is_suspect() {
+                    if refused && alone {
                         self.strip(copy, cause)?;
                         continue;
                     }
-                    copy.suspect();
-                    cause.to_owned()
+                    format!("{}: {cause}", to())
                 }
             };
-            let failures = self.postpone(&mut copy);
+            troubles.entry(copy.lane()).or_insert(trouble);
             self.waiting.push_back(copy);
-            if worst.as_ref().is_none_or(|(most, _)| *most < failures) {
-                worst = Some((failures, trouble));
-            }
         }
         if let Some(cause) = lost {
             self.publisher = None;
-            self.wait_to_connect();
-            worst = worst.or(Some((self.failures, cause)));
+            if troubles.is_empty() {
+                self.fail(&cause);
+            } else if !alone {
+                self.wait_to_connect();
+            }
         }
-        if let Some((failures, trouble)) = worst {
-            self.complain(failures, &trouble);
+        for (lane, trouble) in troubles {
+            self.lane_failed(lane, &trouble);
         }
         if unroutable && !self.ending {
             self.declare_again();
@@ -336,8 +347,11 @@ impl Clerk {
         Ok(())
     }
 
-    fn postpone(&self, copy: &mut Copy) -> u32 {
-        copy.postpone(self.backoff, random::draw())
+    fn lane_failed(&mut self, lane: LaneName, cause: &str) {
+        let told = self.lanes.failed(lane, Instant::now(), random::draw());
+        if let Some(tries) = told {
+            self.tell_that_copies_wait(tries, cause);
+        }
     }
 
     /// A retry queue may have been deleted under the daemon.
@@ -353,10 +367,13 @@ impl Clerk {
         }
     }
 
-    /// Nothing can be sent at all for now.
+    /// Nothing can be sent at all for now. Says it at first, and then ever more
+    /// rarely.
     fn fail(&mut self, cause: &str) {
         self.wait_to_connect();
-        self.complain(self.failures, cause);
+        if self.failures.is_power_of_two() {
+            self.tell_that_copies_wait(self.failures, cause);
+        }
     }
 
     fn wait_to_connect(&mut self) {
@@ -365,15 +382,12 @@ impl Clerk {
         self.failures = self.failures.saturating_add(1);
     }
 
-    /// Says it at the first failure, and then ever more rarely.
-    fn complain(&self, failures: u32, cause: &str) {
-        if failures.is_power_of_two() {
-            log::warn!(
-                consumer = self.consumer.name.as_str(), tries = failures,
-                waiting = self.waiting.len();
-                "copies of messages wait, their originals unacknowledged: {cause}"
-            );
-        }
+    fn tell_that_copies_wait(&self, tries: u32, cause: &str) {
+        log::warn!(
+            consumer = self.consumer.name.as_str(), tries = tries,
+            waiting = self.waiting.len();
+            "copies of messages wait, their originals unacknowledged: {cause}"
+        );
     }
 
     fn report(&self, tag: u64, fate: Delivered) -> Result<(), Gone> {

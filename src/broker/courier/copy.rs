@@ -1,11 +1,10 @@
 //! A copy of a delivery, as it is published: what the message had, and what
 //! the daemon says about it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 
-use crate::backoff::Backoff;
 use crate::broker::convert::OF_THE_BROKER;
 use crate::broker::outgoing::SHORT_STRING_MAX_BYTES;
 use crate::config::checked::{self, DeadLetters};
@@ -23,12 +22,15 @@ pub(in crate::broker) struct Copy {
     parcel: Parcel,
     /// Nothing of the daemon's own is added, for want of room.
     bare: bool,
-    /// It was out when a connection was lost, and may have been the cause.
-    suspect: bool,
-    /// How often it was refused or lost.
-    failures: u32,
-    /// When to send it.
-    due: Instant,
+}
+
+/// Where copies go.
+#[derive(Debug, Clone, std::marker::Copy, PartialEq, Eq, Hash)]
+pub(super) enum LaneName {
+    /// To the retry queue of a step.
+    Retry(usize),
+    /// To the dead-letter exchange.
+    DeadLetters,
 }
 
 /// A copy as the publisher takes it.
@@ -48,9 +50,6 @@ impl Copy {
             routing_key: std::mem::take(&mut shell.routing_key),
             parcel,
             bare: false,
-            suspect: false,
-            failures: 0,
-            due: Instant::now(),
         }
     }
 
@@ -66,24 +65,12 @@ impl Copy {
         self.bare
     }
 
-    pub(super) fn is_suspect(&self) -> bool {
-        self.suspect
-    }
-
-    pub(super) fn due(&self) -> Instant {
-        self.due
-    }
-
-    /// How often it was refused or lost, and now waits for another try.
-    pub(super) fn postpone(&mut self, backoff: Backoff, random: u64) -> u32 {
-        self.due = Instant::now() + backoff.delay(self.failures, random);
-        self.failures = self.failures.saturating_add(1);
-        self.failures
-    }
-
-    /// From now on it is sent while no other is out.
-    pub(super) fn suspect(&mut self) {
-        self.suspect = true;
+    /// Which copies fail for the same reasons.
+    pub(super) fn lane(&self) -> LaneName {
+        match self.parcel.purpose {
+            Purpose::Retry(step) => LaneName::Retry(step),
+            Purpose::DeadLetter(_) => LaneName::DeadLetters,
+        }
     }
 
     /// The same as a dead letter that carries nothing of the daemon's own. The
