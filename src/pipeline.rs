@@ -12,7 +12,7 @@ mod suspects;
 mod verdict;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -49,9 +49,9 @@ pub struct Shared {
     pub flights: Arc<Flights<Item>>,
     /// Whether the consumer takes messages.
     pub gate: Arc<Gate>,
-    /// Held while a message is run that may kill its worker: then a death is
-    /// that one's alone.
-    pub suspects: Arc<Mutex<()>>,
+    /// Held for writing while a message is run that may kill its worker, and
+    /// for reading while any other is: then a death is that one's alone.
+    pub suspects: Arc<RwLock<()>>,
     /// Whether to finish what is begun and begin nothing more.
     pub stop: Stop,
     /// The consumer's configuration.

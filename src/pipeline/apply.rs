@@ -2,6 +2,7 @@
 //! the messages at fault allow; and what a failure asks for.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Worker;
@@ -141,8 +142,11 @@ impl Worker {
             Ok(false) => return Tried::Apart,
             Err(error) => return self.undo(items, error, Stage::Ledger),
         }
-        let suspects = self.shared.suspects.clone();
-        let _one_at_a_time = items.iter().any(|item| item.alone).then(|| suspects.lock());
+        // Beside one that runs alone nobody runs: what it dies of is its own.
+        let suspects = Arc::clone(&self.shared.suspects);
+        let alone = items.iter().any(|item| item.alone);
+        let _alone = alone.then(|| suspects.write());
+        let _together = (!alone).then(|| suspects.read());
         match self.mark_suspects(items).and_then(|()| self.record(items)) {
             Ok(()) => {}
             Err(error) => return self.undo(items, error, Stage::Ledger),
