@@ -77,6 +77,10 @@ impl Worker {
             if alone && trouble.failure.class == Class::Systemic {
                 self.close_gate(&trouble.failure);
             }
+            // A server that does not answer now is not waited for once more.
+            if trouble.failure.code.is_some() {
+                self.unmark_waiting(&mut groups);
+            }
             if self.pause(tries, &trouble.failure) {
                 self.give_back(&mut groups, 0);
                 return;

@@ -5,6 +5,8 @@
 //! death. Who has one is run alone, and who has too many is quarantined; what
 //! was only near it goes on.
 
+use std::collections::VecDeque;
+
 use super::Worker;
 use super::item::Item;
 use crate::failure::{Class, Failure};
@@ -90,6 +92,28 @@ impl Worker {
             item.marked |= item.delivery.message.redelivered;
         }
         Ok(())
+    }
+
+    /// Takes the marks off what waits for the world: a process that ends in the
+    /// meantime dies of none of these. A mark that stays is seen again when its
+    /// message comes back.
+    pub(super) fn unmark_waiting(&mut self, groups: &mut VecDeque<Vec<Item>>) {
+        let ids: Vec<&str> = groups
+            .iter()
+            .flatten()
+            .filter(|item| item.marked)
+            .filter_map(|item| item.id.as_ref().map(MessageId::as_str))
+            .collect();
+        if ids.is_empty() {
+            return;
+        }
+        if let Err(error) = self.ledger.unmark(&ids) {
+            log::debug!(consumer = self.shared.consumer.name.as_str(); "marks stay: {error}");
+            return;
+        }
+        for item in groups.iter_mut().flatten() {
+            item.marked = false;
+        }
     }
 
     /// Takes the marks away, in the transaction of the effects.
