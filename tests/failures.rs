@@ -244,7 +244,10 @@ fn ten_thousand_messages_wait_while_their_table_is_gone_and_none_is_harmed() {
         let ready = i64::from(world.broker.ready(ORDERS));
         ready + 64 >= 10_000 - world.db.count("select count(*) from gone")
     });
-    assert!(!daemon.logged(&["lost the broker"]), "it keeps its connection");
+    assert!(
+        !daemon.logged(&["lost the broker"]),
+        "it keeps its connection"
+    );
     world.db.execute("alter table gone rename to effect");
     world.wait_for_effects(10_000);
     daemon.wait_for_log(&["resumed"]);
