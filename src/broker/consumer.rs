@@ -25,7 +25,7 @@ const CALL_WITHIN: Duration = Duration::from_secs(10);
 
 /// Deliveries that a paused consumer holds: with them its workers find out
 /// that the world is mended.
-const PAUSED_PREFETCH: u16 = 8;
+pub(super) const PAUSED_PREFETCH: u16 = 8;
 
 /// How long the gate has to be closed before the consumer gives back what it
 /// holds. A broker before RabbitMQ 4.3 counts each return towards the delivery
@@ -82,13 +82,17 @@ pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> End {
         Ok(flow) => flow,
         Err(error) => return End::Lost(format!("failed to start the courier: {error}")),
     };
-    let mut prefetch = feed.consumer.prefetch;
+    let mut paused = false;
     loop {
+        let prefetch = match paused {
+            true => PAUSED_PREFETCH.min(feed.consumer.prefetch),
+            false => feed.consumer.prefetch,
+        };
         let consumer = match subscribe(link, channel, &feed, prefetch) {
             Ok(consumer) => consumer,
             Err(cause) => return End::Lost(cause),
         };
-        let turn = flow.consume(consumer.receiver(), &feed, prefetch);
+        let turn = flow.consume(consumer.receiver(), &feed, paused);
         let watch = link.watch(CALL_WITHIN);
         if let Turn::End(end) = turn {
             // Its drop asks the broker to cancel it.
@@ -104,11 +108,11 @@ pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> End {
         let turned = match turn {
             Turn::Stop => return flow.drain(consumer.receiver(), &mut feed),
             Turn::Pause => {
-                prefetch = PAUSED_PREFETCH.min(feed.consumer.prefetch);
+                paused = true;
                 flow.give_back(consumer.receiver(), &feed)
             }
             Turn::Resume | Turn::End(_) => {
-                prefetch = feed.consumer.prefetch;
+                paused = false;
                 flow.keep(consumer.receiver())
             }
         };

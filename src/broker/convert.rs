@@ -13,7 +13,7 @@ use crate::message::{
 /// Headers that the broker wrote about the journey of a message. In a copy
 /// they would be a forgery, and where a broker believes them it drops a message
 /// that seems to go in circles.
-pub(super) const OF_THE_BROKER: [&str; 8] = [
+pub(super) const OF_THE_BROKER: [&str; 9] = [
     "x-death",
     "x-first-death-exchange",
     "x-first-death-queue",
@@ -22,6 +22,7 @@ pub(super) const OF_THE_BROKER: [&str; 8] = [
     "x-last-death-queue",
     "x-last-death-reason",
     "x-delivery-count",
+    "x-acquired-count",
 ];
 
 /// Takes the body out of a delivery and leaves the shell: what is needed to

@@ -17,6 +17,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounde
 pub(super) use copy::Copy;
 
 use super::connection;
+use super::consumer::PAUSED_PREFETCH;
 use super::publisher::{Fate, Limits, PublishError, Publisher, Seq};
 use super::topology;
 use crate::backoff::Backoff;
@@ -63,9 +64,11 @@ impl Courier {
         consumer: &checked::Consumer,
         backoff: Backoff,
     ) -> std::io::Result<Self> {
-        let prefetch = usize::from(consumer.prefetch);
-        let (copies, orders) = bounded(prefetch);
-        let (tell, fates) = bounded(prefetch);
+        // What is out at a pause is at most what one subscription and its
+        // follower may have, and a few.
+        let most = 2 * usize::from(consumer.prefetch) + usize::from(PAUSED_PREFETCH);
+        let (copies, orders) = bounded(most);
+        let (tell, fates) = bounded(most);
         let mut clerk = Clerk {
             broker: broker.clone(),
             consumer: Arc::new(consumer.clone()),
@@ -118,7 +121,7 @@ struct Clerk {
     publisher: Option<Publisher>,
     waiting: VecDeque<Copy>,
     sent: HashMap<Seq, Copy>,
-    /// Failures in a row, and when to try again.
+    /// Times in a row that nothing could be sent, and when to try again.
     failures: u32,
     not_before: Instant,
     ending: bool,
@@ -158,17 +161,14 @@ impl Clerk {
     }
 
     fn work(&mut self) -> Result<(), Gone> {
-        let left = self.not_before.saturating_duration_since(Instant::now());
-        if left.is_zero() && !self.ending {
-            while let Some(copy) = self.waiting.pop_front() {
-                match self.send(copy)? {
-                    true => {}
-                    false => break,
-                }
-            }
-        } else if self.sent.is_empty() && !self.ending {
+        if !self.ending {
+            self.send_due()?;
+        }
+        let lost = |publisher: &Publisher| publisher.lost().is_some();
+        let listening = !self.sent.is_empty() || self.publisher.as_ref().is_some_and(lost);
+        if !listening && !self.ending {
             // Nothing to listen for: a new order, or the end, or time passes.
-            match self.orders.recv_timeout(left) {
+            match self.orders.recv_timeout(self.until_due()) {
                 Ok(copy) => self.waiting.push_back(copy),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => self.ending = true,
@@ -178,7 +178,45 @@ impl Clerk {
         self.listen(LOOK_EVERY)
     }
 
-    /// Sends one copy. False when it has to wait.
+    fn until_due(&self) -> Duration {
+        let first = self.waiting.iter().map(Copy::due).min();
+        // Without anything that waits, the next round waits for an order.
+        first.map_or(Duration::ZERO, |due| {
+            let due = due.max(self.not_before);
+            due.saturating_duration_since(Instant::now())
+        })
+    }
+
+    /// Sends what is due. One that fails for itself does not hold up others.
+    fn send_due(&mut self) -> Result<(), Gone> {
+        let now = Instant::now();
+        for _ in 0..self.waiting.len() {
+            if self.not_before > now {
+                break;
+            }
+            let Some(copy) = self.waiting.pop_front() else {
+                break;
+            };
+            if copy.due() > now {
+                self.waiting.push_back(copy);
+            } else if !self.has_way_for(&copy) {
+                self.waiting.push_front(copy);
+                break;
+            } else if !self.send(copy)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The broker closes the channel over some messages, and takes every
+    /// unconfirmed one with it: those would be sent twice, and again each time.
+    /// So what was out when that happened goes alone from then on.
+    fn has_way_for(&self, copy: &Copy) -> bool {
+        self.sent.is_empty() || !(copy.is_suspect() || self.sent.values().any(Copy::is_suspect))
+    }
+
+    /// Sends one copy. False when no other can be sent now.
     fn send(&mut self, copy: Copy) -> Result<bool, Gone> {
         let publisher = match &mut self.publisher {
             Some(publisher) => publisher,
@@ -201,29 +239,42 @@ impl Clerk {
                 self.sent.insert(seq, copy);
                 Ok(true)
             }
-            Err(PublishError::Unfit(unfit)) if copy.is_bare() => {
-                // It came as it is, so this cannot be; but it must not spin.
-                self.waiting.push_back(copy);
-                self.fail(&unfit.to_string());
-                Ok(false)
-            }
             Err(PublishError::Unfit(unfit)) => {
-                log::warn!(
-                    consumer = self.consumer.name.as_str();
-                    "a copy cannot carry the daemon's own headers: {unfit}"
-                );
-                match copy.bare(&self.consumer) {
-                    Ok(bare) => self.waiting.push_front(bare),
-                    Err(tag) => self.report(tag, Delivered::Unfit)?,
-                }
+                self.strip(copy, &unfit.to_string())?;
                 Ok(true)
             }
-            Err(error @ (PublishError::NoRoom { .. } | PublishError::Lost { .. })) => {
+            Err(error @ PublishError::NoRoom { .. }) => {
                 self.waiting.push_front(copy);
                 self.fail(&error.to_string());
                 Ok(false)
             }
+            // What it was, the next look at the fates of the others tells.
+            Err(PublishError::Lost { .. }) => {
+                self.waiting.push_front(copy);
+                Ok(false)
+            }
         }
+    }
+
+    /// A copy that cannot be sent, or that the broker will not have, is tried
+    /// without what the daemon adds: as a dead letter, since a retry needs it.
+    fn strip(&mut self, mut copy: Copy, why: &str) -> Result<(), Gone> {
+        if copy.is_bare() {
+            // As it came; nothing is left to take away, and it must not spin.
+            let failures = self.postpone(&mut copy);
+            self.waiting.push_back(copy);
+            self.complain(failures, why);
+            return Ok(());
+        }
+        log::warn!(
+            consumer = self.consumer.name.as_str();
+            "a copy with the daemon's own headers cannot be sent: {why}"
+        );
+        match copy.bare(&self.consumer) {
+            Ok(bare) => self.waiting.push_back(bare),
+            Err(tag) => self.report(tag, Delivered::Unfit)?,
+        }
+        Ok(())
     }
 
     /// Takes in confirms, and what was lost with its connection.
@@ -233,36 +284,60 @@ impl Clerk {
         };
         let fates = publisher.wait(within);
         let lost = publisher.lost().map(str::to_owned);
+        let refused = publisher.refused();
+        // The one that has failed most often, so that each is told once and
+        // then ever more rarely.
+        let mut worst: Option<(u32, String)> = None;
+        let mut unroutable = false;
         for (seq, fate) in fates {
-            let Some(copy) = self.sent.remove(&seq) else {
+            let Some(mut copy) = self.sent.remove(&seq) else {
                 continue;
             };
-            match fate {
+            let to = copy.destination(&self.consumer);
+            let trouble = match fate {
                 Fate::Confirmed => {
                     self.failures = 0;
                     self.report(copy.tag(), Delivered::Yes)?;
+                    continue;
                 }
                 Fate::Returned { text, .. } => {
-                    let to = copy.destination(&self.consumer);
-                    self.waiting.push_back(copy);
-                    self.fail(&format!("{to} takes no message: {text}"));
-                    self.declare_again();
+                    unroutable = true;
+                    format!("{to} takes no message: {text}")
                 }
-                Fate::Nacked => {
-                    let to = copy.destination(&self.consumer);
-                    self.waiting.push_back(copy);
-                    self.fail(&format!("{to} refused a message: is it full?"));
+                Fate::Nacked => format!("{to} refused a message: is it full?"),
+                Fate::Unknown => {
+                    let cause = lost.as_deref().unwrap_or("the connection was lost");
+                    // Alone, it is the one that the broker will not have.
+                    if refused && copy.is_suspect() {
+                        self.strip(copy, cause)?;
+                        continue;
+                    }
+                    copy.suspect();
+                    cause.to_owned()
                 }
-                Fate::Unknown => self.waiting.push_back(copy),
+            };
+            let failures = self.postpone(&mut copy);
+            self.waiting.push_back(copy);
+            if worst.as_ref().is_none_or(|(most, _)| *most < failures) {
+                worst = Some((failures, trouble));
             }
         }
         if let Some(cause) = lost {
             self.publisher = None;
-            // None of them will be heard of.
-            self.waiting.extend(self.sent.drain().map(|(_, copy)| copy));
-            self.fail(&cause);
+            self.wait_to_connect();
+            worst = worst.or(Some((self.failures, cause)));
+        }
+        if let Some((failures, trouble)) = worst {
+            self.complain(failures, &trouble);
+        }
+        if unroutable && !self.ending {
+            self.declare_again();
         }
         Ok(())
+    }
+
+    fn postpone(&self, copy: &mut Copy) -> u32 {
+        copy.postpone(self.backoff, random::draw())
     }
 
     /// A retry queue may have been deleted under the daemon.
@@ -278,14 +353,23 @@ impl Clerk {
         }
     }
 
-    /// Waits before the next try, and says so ever more rarely.
+    /// Nothing can be sent at all for now.
     fn fail(&mut self, cause: &str) {
+        self.wait_to_connect();
+        self.complain(self.failures, cause);
+    }
+
+    fn wait_to_connect(&mut self) {
         let delay = self.backoff.delay(self.failures, random::draw());
         self.not_before = Instant::now() + delay;
         self.failures = self.failures.saturating_add(1);
-        if self.failures.is_power_of_two() {
+    }
+
+    /// Says it at the first failure, and then ever more rarely.
+    fn complain(&self, failures: u32, cause: &str) {
+        if failures.is_power_of_two() {
             log::warn!(
-                consumer = self.consumer.name.as_str(), tries = self.failures,
+                consumer = self.consumer.name.as_str(), tries = failures,
                 waiting = self.waiting.len();
                 "copies of messages wait, their originals unacknowledged: {cause}"
             );

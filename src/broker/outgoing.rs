@@ -145,17 +145,14 @@ pub(super) fn encode(message: &Outgoing) -> Result<(AmqpProperties, usize), Unfi
 }
 
 /// Properties that came with a delivery, made persistent, and how many bytes
-/// they take; checked against the same limits as [`encode`]'s.
+/// they take; checked against the same limits as [`encode`]'s. Its body has no
+/// limit here: the broker took it once, and says so if it no longer would.
 pub(super) fn persist(
     (exchange, routing_key): (&str, &str),
-    body: &[u8],
     properties: AmqpProperties,
 ) -> Result<(AmqpProperties, usize), Unfit> {
     short("exchange", exchange)?;
     short("routing key", routing_key)?;
-    if body.len() > BODY_MAX_BYTES {
-        return Err(Unfit::BodyTooLarge { bytes: body.len() });
-    }
     let texts = [
         ("content type", properties.content_type()),
         ("content encoding", properties.content_encoding()),
@@ -308,7 +305,12 @@ impl Likener {
         let mut hasher = self.0.build_hasher();
         (exchange, routing_key, properties.message_id(), body).hash(&mut hasher);
         let loose = hasher.finish();
-        (properties.content_type(), properties.timestamp()).hash(&mut hasher);
+        (properties.content_type(), properties.content_encoding()).hash(&mut hasher);
+        (properties.delivery_mode(), properties.priority()).hash(&mut hasher);
+        (properties.correlation_id(), properties.reply_to()).hash(&mut hasher);
+        (properties.expiration(), properties.timestamp()).hash(&mut hasher);
+        (properties.type_(), properties.user_id()).hash(&mut hasher);
+        (properties.app_id(), properties.cluster_id()).hash(&mut hasher);
         if let Some(headers) = properties.headers() {
             hash_table(headers, &mut hasher);
         }
@@ -327,21 +329,29 @@ fn hash_table(table: &FieldTable, hasher: &mut impl Hasher) {
     }
 }
 
-/// The types that [`Tally`] makes; the others do not come back as none of them
-/// was sent, and count as equal among themselves.
 fn hash_value(value: &AmqpValue, hasher: &mut impl Hasher) {
     std::mem::discriminant(value).hash(hasher);
     match value {
+        AmqpValue::Void => {}
         AmqpValue::Boolean(flag) => flag.hash(hasher),
+        AmqpValue::ShortShortInt(integer) => integer.hash(hasher),
+        AmqpValue::ShortShortUInt(integer) => integer.hash(hasher),
+        AmqpValue::ShortInt(integer) => integer.hash(hasher),
+        AmqpValue::ShortUInt(integer) => integer.hash(hasher),
+        AmqpValue::LongInt(integer) => integer.hash(hasher),
+        AmqpValue::LongUInt(integer) => integer.hash(hasher),
         AmqpValue::LongLongInt(integer) => integer.hash(hasher),
+        AmqpValue::Float(fraction) => fraction.to_bits().hash(hasher),
         AmqpValue::Double(fraction) => fraction.to_bits().hash(hasher),
+        AmqpValue::DecimalValue(decimal) => (decimal.scale, decimal.value).hash(hasher),
         AmqpValue::LongString(text) => text.hash(hasher),
+        AmqpValue::ByteArray(bytes) => bytes.hash(hasher),
+        AmqpValue::Timestamp(seconds) => seconds.hash(hasher),
         AmqpValue::FieldArray(items) => {
             items.len().hash(hasher);
             items.iter().for_each(|item| hash_value(item, hasher));
         }
         AmqpValue::FieldTable(table) => hash_table(table, hasher),
-        _ => {}
     }
 }
 
@@ -358,6 +368,33 @@ mod tests {
         Outgoing {
             headers,
             ..Outgoing::default()
+        }
+    }
+
+    #[test]
+    fn messages_that_differ_in_anything_at_all_are_not_alike() {
+        let likener = Likener::default();
+        let with = |value| {
+            let table = FieldTable::from([("id".to_owned(), value)]);
+            AmqpProperties::default().with_headers(table)
+        };
+        let pairs = [
+            (with(AmqpValue::LongInt(1)), with(AmqpValue::LongInt(2))),
+            (with(AmqpValue::ShortUInt(1)), with(AmqpValue::ShortUInt(2))),
+            (with(AmqpValue::Timestamp(1)), with(AmqpValue::Timestamp(2))),
+            (
+                with(AmqpValue::ByteArray(vec![1])),
+                with(AmqpValue::ByteArray(vec![2])),
+            ),
+            (
+                AmqpProperties::default().with_correlation_id("a".to_owned()),
+                AmqpProperties::default().with_correlation_id("b".to_owned()),
+            ),
+        ];
+        for (one, other) in pairs {
+            let of = |properties| likener.of("e", "k", b"body", properties).exact;
+            assert_ne!(of(&one), of(&other), "{one:?}");
+            assert_eq!(of(&one), of(&one.clone()));
         }
     }
 

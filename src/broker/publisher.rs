@@ -23,6 +23,9 @@ use crate::config::checked::Broker;
 /// How long a dead connection has to say what it died of.
 const CAUSE_WITHIN: Duration = Duration::from_secs(2);
 
+/// AMQP's reply code for a message that breaks a rule of the broker's.
+const PRECONDITION_FAILED: u16 = 406;
+
 /// What a publisher may have in flight, and how long it waits.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -92,6 +95,8 @@ pub struct Publisher {
     live: Option<Live>,
     /// Why it is lost.
     cause: String,
+    /// The broker closed the channel over a message.
+    refused: bool,
     address: String,
     book: Book,
     likener: Likener,
@@ -119,6 +124,7 @@ impl Publisher {
         Ok(Self {
             live: Some(live),
             cause: String::new(),
+            refused: false,
             address,
             book: Book::default(),
             likener: Likener::default(),
@@ -149,7 +155,7 @@ impl Publisher {
         body: &[u8],
         properties: AmqpProperties,
     ) -> Result<Seq, PublishError> {
-        let (properties, property_bytes) = outgoing::persist(route, body, properties)?;
+        let (properties, property_bytes) = outgoing::persist(route, properties)?;
         self.send(route, body, properties, property_bytes)
     }
 
@@ -217,6 +223,13 @@ impl Publisher {
     #[must_use]
     pub fn lost(&self) -> Option<&str> {
         self.live.is_none().then_some(self.cause.as_str())
+    }
+
+    /// True when it is lost because the broker will not have a message such as
+    /// one of those that were unconfirmed then (406: longer than its
+    /// `max_message_size`, or with a property it objects to).
+    pub(super) fn refused(&self) -> bool {
+        self.refused
     }
 
     /// Waits for what is unconfirmed, at most `within`, and closes the
@@ -293,7 +306,11 @@ impl Publisher {
                 live.link.abandon(live.channel);
                 stray.to_string()
             }
-            None => live.cause_of_death(self.limits.wait),
+            None => {
+                let (cause, refused) = live.cause_of_death(self.limits.wait);
+                self.refused = refused;
+                cause
+            }
         };
     }
 
@@ -391,12 +408,13 @@ impl Live {
     }
 
     /// A dead channel knows why the broker closed it, a dead connection the
-    /// rest.
-    fn cause_of_death(self, waited: Duration) -> String {
+    /// rest. True when the broker objected to a message.
+    fn cause_of_death(self, waited: Duration) -> (String, bool) {
         let Self { link, channel, .. } = self;
         if link.timed_out() {
             link.abandon(channel);
-            return format!("the broker did not take a message within {waited:?}");
+            let cause = format!("the broker did not take a message within {waited:?}");
+            return (cause, false);
         }
         let watch = link.watch(CAUSE_WITHIN);
         let said = channel.close();
@@ -407,12 +425,20 @@ impl Live {
         ) = said
         {
             link.abandon(());
-            return error.to_string();
+            let refused = matches!(
+                error,
+                amiquip::Error::ServerClosedChannel {
+                    code: PRECONDITION_FAILED,
+                    ..
+                }
+            );
+            return (error.to_string(), refused);
         }
-        match link.close(CAUSE_WITHIN) {
+        let cause = match link.close(CAUSE_WITHIN) {
             Ok(()) => "the channel was closed".to_owned(),
             Err(LinkError::Lost { cause, .. }) => cause,
             Err(error) => error.to_string(),
-        }
+        };
+        (cause, false)
     }
 }

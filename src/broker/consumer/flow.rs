@@ -80,9 +80,8 @@ impl<'a> Flow<'a> {
         &mut self,
         deliveries: &Receiver<ConsumerMessage>,
         feed: &Feed<'_>,
-        prefetch: u16,
+        paused: bool,
     ) -> Turn {
-        let paused = prefetch < feed.consumer.prefetch;
         match self.flow(deliveries, feed, paused) {
             Ok(turn) => turn,
             Err(end) => Turn::End(end),
@@ -96,11 +95,14 @@ impl<'a> Flow<'a> {
         paused: bool,
     ) -> Result<Turn, End> {
         let nothing = never();
+        let full = usize::from(feed.consumer.prefetch);
         loop {
             let closed_for = feed.gate.closed_for();
             match closed_for {
                 Some(closed_for) if !paused && closed_for >= PAUSE_AFTER => return Ok(Turn::Pause),
-                None if paused => return Ok(Turn::Resume),
+                // A prefetch counts for its own consumer alone: what earlier
+                // ones left behind must not add up from pause to pause.
+                None if paused && self.window.outstanding() <= full => return Ok(Turn::Resume),
                 _ => {}
             }
             let until_pause = closed_for

@@ -1,11 +1,13 @@
 //! A copy of a delivery, as it is published: what the message had, and what
 //! the daemon says about it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 
+use crate::backoff::Backoff;
 use crate::broker::convert::OF_THE_BROKER;
+use crate::broker::outgoing::SHORT_STRING_MAX_BYTES;
 use crate::config::checked::{self, DeadLetters};
 use crate::message::{
     ATTEMPTS_HEADER, CC_HEADER, DeadReason, EXCHANGE_HEADER, Parcel, Purpose, REASON_HEADER,
@@ -21,6 +23,12 @@ pub(in crate::broker) struct Copy {
     parcel: Parcel,
     /// Nothing of the daemon's own is added, for want of room.
     bare: bool,
+    /// It was out when a connection was lost, and may have been the cause.
+    suspect: bool,
+    /// How often it was refused or lost.
+    failures: u32,
+    /// When to send it.
+    due: Instant,
 }
 
 /// A copy as the publisher takes it.
@@ -40,6 +48,9 @@ impl Copy {
             routing_key: std::mem::take(&mut shell.routing_key),
             parcel,
             bare: false,
+            suspect: false,
+            failures: 0,
+            due: Instant::now(),
         }
     }
 
@@ -53,6 +64,26 @@ impl Copy {
 
     pub(super) fn is_bare(&self) -> bool {
         self.bare
+    }
+
+    pub(super) fn is_suspect(&self) -> bool {
+        self.suspect
+    }
+
+    pub(super) fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// How often it was refused or lost, and now waits for another try.
+    pub(super) fn postpone(&mut self, backoff: Backoff, random: u64) -> u32 {
+        self.due = Instant::now() + backoff.delay(self.failures, random);
+        self.failures = self.failures.saturating_add(1);
+        self.failures
+    }
+
+    /// From now on it is sent while no other is out.
+    pub(super) fn suspect(&mut self) {
+        self.suspect = true;
     }
 
     /// The same as a dead letter that carries nothing of the daemon's own. The
@@ -122,7 +153,8 @@ impl Copy {
 
     fn first_routing_key(&self) -> String {
         match self.header(ROUTING_KEY_HEADER) {
-            Some(AmqpValue::LongString(key)) => key.clone(),
+            // A publisher may have written anything there.
+            Some(AmqpValue::LongString(key)) if key.len() <= SHORT_STRING_MAX_BYTES => key.clone(),
             _ => self.routing_key.clone(),
         }
     }
