@@ -255,6 +255,7 @@ impl Runner {
             &mut link,
             &self.config.broker,
             &self.consumer,
+            !*declared,
             CHANNEL_WITHIN,
         ) {
             link.abandon(());

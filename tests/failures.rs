@@ -274,8 +274,9 @@ fn many_failures_in_a_row_pause_the_consumer_and_are_not_counted() {
         .backoff(&["200ms"])
         .sql("insert into effect (message_id, wanted) select message_id, 1 from message");
     let config = world.config().consumer(orders);
-    let daemon = world.run(&config);
+    world.prepare(&config);
     world.broker.send(ORDERS, numbered("m", 300));
+    let daemon = world.run(&config);
     daemon.wait_for_log(&["paused", "23503"]);
     // Long enough for every message to use up its attempts, were they counted.
     eventually("it goes on trying", || {

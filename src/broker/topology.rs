@@ -33,6 +33,10 @@ pub use probe::HEADER as PROBE_HEADER;
 /// - `none` makes nothing and compares nothing. What is used must exist, and
 ///   the probe goes where the daemon will publish dead letters.
 ///
+/// A probe stands behind the dead letters that are there and is counted among
+/// them until its turn comes, so it is sent only when `proves`: once in the
+/// life of a daemon.
+///
 /// # Errors
 ///
 /// [`TopologyError`] for the first thing that is not as it must be.
@@ -40,6 +44,7 @@ pub fn prepare(
     link: &mut Link,
     broker: &Broker,
     consumer: &Consumer,
+    proves: bool,
     within: Duration,
 ) -> Result<(), TopologyError> {
     match consumer.topology.mode {
@@ -49,14 +54,26 @@ pub fn prepare(
                 find(link, &part, within)?;
                 compare(link, &part, within)?;
             }
-            probe::dead_letters(broker, consumer, within)
+            prove(broker, consumer, proves, within)
         }
         TopologyMode::None => {
             for part in parts::used(consumer) {
                 find(link, &part, within)?;
             }
-            probe::dead_letters(broker, consumer, within)
+            prove(broker, consumer, proves, within)
         }
+    }
+}
+
+fn prove(
+    broker: &Broker,
+    consumer: &Consumer,
+    proves: bool,
+    within: Duration,
+) -> Result<(), TopologyError> {
+    match proves {
+        true => probe::dead_letters(broker, consumer, within),
+        false => Ok(()),
     }
 }
 

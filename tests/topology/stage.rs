@@ -36,6 +36,7 @@ impl Stage {
             &mut self.link,
             &config.broker,
             &config.consumers[0],
+            true,
             DEADLINE,
         )
     }
