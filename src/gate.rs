@@ -62,6 +62,13 @@ impl Gate {
         limit > 0 && count > 0 && before.saturating_add(count) >= limit
     }
 
+    /// What [`Gate::failed`] would say now, without a word to it.
+    #[must_use]
+    pub fn would_fail(&self, count: u32, limit: u32) -> bool {
+        let before = self.failures_in_row.load(Ordering::SeqCst);
+        limit > 0 && count > 0 && before.saturating_add(count) >= limit
+    }
+
     /// How often [`Gate::succeeded`] was called: what has not grown says that
     /// nothing has succeeded since.
     #[must_use]

@@ -122,7 +122,9 @@ pub struct Worker {
     tokens: Vec<Token>,
     /// The session was replaced, and nothing has succeeded since.
     reconnected: bool,
-    /// Batches tried since the gate was closed.
+    /// Attempts of the current batch failed, as all do at the moment.
+    in_vain: bool,
+    /// Batches tried in vain since the gate was closed.
     trials: u32,
     /// What the current batch has decided and not yet told.
     verdict: Verdict,
@@ -148,6 +150,7 @@ impl Worker {
             failed: Vec::new(),
             tokens: Vec::new(),
             reconnected: false,
+            in_vain: false,
             trials: 0,
             verdict: Verdict::default(),
         }
@@ -170,8 +173,11 @@ impl Worker {
                 }
             }
             self.shared.busy.fetch_sub(1, Ordering::Relaxed);
-            if self.shared.gate.is_closed() {
-                // Nothing that is tried now succeeds: no haste.
+            if !self.shared.gate.is_closed() {
+                self.trials = 0;
+            } else if std::mem::take(&mut self.in_vain) {
+                // Nothing that is tried now succeeds: no haste. What need not
+                // be tried, duplicates for one, is another matter.
                 let delay = self.shared.backoff.delay(self.trials, random::draw());
                 self.trials = self.trials.saturating_add(1);
                 let _stopping = self.shared.stop.wait(delay);

@@ -82,7 +82,8 @@ pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> End {
         Ok(flow) => flow,
         Err(error) => return End::Lost(format!("failed to start the courier: {error}")),
     };
-    let mut paused = false;
+    // A connection that is made in the middle of a pause begins with it.
+    let mut paused = feed.gate.closed_for() >= Some(PAUSE_AFTER);
     loop {
         let prefetch = match paused {
             true => PAUSED_PREFETCH.min(feed.consumer.prefetch),

@@ -271,8 +271,8 @@ impl Clerk {
     /// A copy that cannot be sent, or that the broker will not have, is tried
     /// without what the daemon adds: as a dead letter, since a retry needs it.
     fn strip(&mut self, copy: Copy, why: &str) -> Result<(), Gone> {
-        if copy.is_bare() {
-            // As it came; nothing is left to take away, and it must not spin.
+        if copy.is_lightest() {
+            // Nothing is left to take away, and it must not spin.
             let lane = copy.lane();
             self.waiting.push_back(copy);
             self.lane_failed(lane, why);
@@ -280,10 +280,10 @@ impl Clerk {
         }
         log::warn!(
             consumer = self.consumer.name.as_str();
-            "a copy with the daemon's own headers cannot be sent: {why}"
+            "a copy cannot be sent with all its headers: {why}"
         );
-        match copy.bare(&self.consumer) {
-            Ok(bare) => self.waiting.push_back(bare),
+        match copy.lighter(&self.consumer) {
+            Ok(lighter) => self.waiting.push_back(lighter),
             Err(tag) => self.report(tag, Delivered::Unfit)?,
         }
         Ok(())

@@ -172,11 +172,29 @@ pub(super) fn persist(
     }
     bytes += usize::from(properties.priority().is_some());
     bytes += properties.timestamp().map_or(0, |_| 8);
-    bytes += properties.headers().as_ref().map_or(0, table_bytes);
+    let headers = properties.headers().as_ref();
+    // The time that amiquip takes to encode them grows with the square.
+    if headers.map_or(0, count) > HEADERS_MAX {
+        return Err(Unfit::TooManyHeaders);
+    }
+    bytes += headers.map_or(0, table_bytes);
     if bytes > PROPERTIES_MAX_BYTES {
         return Err(Unfit::PropertiesTooLarge { bytes });
     }
     Ok((properties.with_delivery_mode(PERSISTENT), bytes))
+}
+
+/// How many values a table holds, nested ones counted.
+fn count(table: &FieldTable) -> usize {
+    table.values().map(count_in).sum()
+}
+
+fn count_in(value: &AmqpValue) -> usize {
+    1 + match value {
+        AmqpValue::FieldArray(values) => values.iter().map(count_in).sum(),
+        AmqpValue::FieldTable(table) => count(table),
+        _ => 0,
+    }
 }
 
 /// What a table takes on the wire. It came through the guard, so that it is no

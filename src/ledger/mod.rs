@@ -254,6 +254,21 @@ impl Ledger {
         })
     }
 
+    /// Makes this owner's crash marks on `ids` nobody's: their run has ended
+    /// without a result, and without a death. What they counted stays.
+    ///
+    /// # Errors
+    ///
+    /// When they still bear them, or that is not known.
+    pub fn rest(&mut self, ids: &[&str]) -> Result<(), Error> {
+        self.connect()?;
+        let owner = self.owner;
+        self.forgetting(|session, registration| {
+            let consumer_id = registration.consumer_id;
+            session.run(async |connection| suspect::rest(connection, consumer_id, owner, ids).await)
+        })
+    }
+
     /// Takes the crash marks off `ids`, after they have run: in the open
     /// transaction, if there is one.
     ///

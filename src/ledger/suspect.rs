@@ -1,6 +1,7 @@
 //! Crash marks. A message that comes back unsettled is marked before it runs
 //! and unmarked when it has: a mark that stands with another owner is a run
-//! that ended with its process.
+//! that ended with its process. Owner 0 is nobody: the message waits, and what
+//! it counted before is kept.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -13,7 +14,7 @@ pub(super) async fn find(
     ids: &[&str],
 ) -> Result<HashMap<String, u32>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT message_id, deaths + (owner <> $2)::int4 FROM ackonce.suspect \
+        "SELECT message_id, deaths + (owner NOT IN ($2, 0))::int4 FROM ackonce.suspect \
          WHERE consumer_id = $1 AND message_id = ANY ($3)",
     )
     .bind(consumer_id)
@@ -44,11 +45,35 @@ pub(super) async fn mark(
         "INSERT INTO ackonce.suspect AS known (consumer_id, message_id, deaths, owner) \
          SELECT $1, batch.message_id, 0, $2 FROM unnest($3::text[]) AS batch (message_id) \
          ON CONFLICT (consumer_id, message_id) DO UPDATE SET marked_at = now(), \
-         owner = excluded.owner, deaths = known.deaths + (known.owner <> excluded.owner)::int4",
+         owner = excluded.owner, \
+         deaths = known.deaths + (known.owner NOT IN (excluded.owner, 0))::int4",
     )
     .bind(consumer_id)
     .bind(owner)
     .bind(sorted)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+pub(super) async fn rest(
+    connection: &mut PgConnection,
+    consumer_id: i16,
+    owner: i64,
+    ids: &[&str],
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "WITH ours AS MATERIALIZED (SELECT message_id, deaths FROM ackonce.suspect \
+         WHERE consumer_id = $1 AND owner = $2 AND message_id = ANY ($3) \
+         ORDER BY message_id FOR UPDATE), \
+         gone AS (DELETE FROM ackonce.suspect WHERE consumer_id = $1 \
+         AND message_id IN (SELECT message_id FROM ours WHERE deaths = 0)) \
+         UPDATE ackonce.suspect SET owner = 0 WHERE consumer_id = $1 \
+         AND message_id IN (SELECT message_id FROM ours WHERE deaths > 0)",
+    )
+    .bind(consumer_id)
+    .bind(owner)
+    .bind(ids)
     .execute(connection)
     .await?;
     Ok(())

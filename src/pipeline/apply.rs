@@ -69,8 +69,14 @@ impl Worker {
         loop {
             let before = self.shared.gate.successes();
             let trouble = self.go_through(&mut groups);
-            self.conclude();
-            let Some(trouble) = trouble else { return };
+            let trouble = trouble.or(self.conclude(&mut groups));
+            if groups.is_empty() {
+                return;
+            }
+            let Some(trouble) = trouble else {
+                // Something is left without trouble only when the daemon stops.
+                return self.give_back(&mut groups, 0);
+            };
             // What is decided must not wait for what is not.
             self.tell();
             let alone = self.shared.gate.successes() == before;
@@ -79,11 +85,10 @@ impl Worker {
             }
             // A server that does not answer now is not waited for once more.
             if trouble.failure.code.is_some() {
-                self.unmark_waiting(&mut groups);
+                self.rest_suspects(&mut groups);
             }
             if self.pause(tries, &trouble.failure) {
-                self.give_back(&mut groups, 0);
-                return;
+                return self.give_back(&mut groups, 0);
             }
             tries += 1;
             if self.shared.gate.closed_for() >= Some(GIVE_BACK_AFTER) {
@@ -106,7 +111,9 @@ impl Worker {
             let tried = self.attempt(&mut items);
             items.append(&mut self.again);
             match tried {
-                Tried::Through if items.is_empty() => {}
+                Tried::Through if items.is_empty() && groups.is_empty() => {}
+                // The others may take long.
+                Tried::Through if items.is_empty() => self.tell(),
                 Tried::Through | Tried::Again => groups.push_front(items),
                 Tried::Split => split(items, groups),
                 Tried::Apart => {
@@ -131,11 +138,24 @@ impl Worker {
                     trouble = Some(new);
                 }
             }
+            if self.must_rest() {
+                waiting.append(groups);
+            }
         }
         // Next time another one goes first.
         waiting.rotate_left(usize::from(waiting.len() > 1));
         *groups = waiting;
         trouble
+    }
+
+    /// Whether to begin nothing more for now: each try may take as long as
+    /// `statement_timeout`.
+    fn must_rest(&self) -> bool {
+        let failed = u32::try_from(self.failed.len()).unwrap_or(u32::MAX);
+        let gate = &self.shared.gate;
+        let broken =
+            gate.is_closed() || gate.would_fail(failed, self.shared.consumer.retry.breaker);
+        self.shared.stop.is_set() || (failed > 0 && broken)
     }
 
     /// One transaction. Items that are dealt with leave `items`.
@@ -324,12 +344,11 @@ impl Worker {
 
     /// Decides about the attempts that failed and may succeed later: they are
     /// counted, unless there were so many in a row that the world must be
-    /// broken.
-    fn conclude(&mut self) {
+    /// broken. Then `groups` have to wait, and what has no retry queue to wait
+    /// in waits with them.
+    fn conclude(&mut self, groups: &mut VecDeque<Vec<Item>>) -> Option<Trouble> {
         let failed = std::mem::take(&mut self.failed);
-        let Some(last) = failed.last().and_then(|item| item.failure.clone()) else {
-            return;
-        };
+        let last = failed.last()?.failure.clone()?;
         let retry = &self.shared.consumer.retry;
         let most = retry.max_attempts;
         let count = u32::try_from(failed.len()).unwrap_or(u32::MAX);
@@ -345,11 +364,15 @@ impl Worker {
             } else if most > 1 {
                 self.advance(item, Event::Failed(Class::Transient));
             } else {
-                // There is no retry queue for it to wait in.
                 item.on(Event::Failed(Class::Systemic));
-                self.advance(item, Event::Stopping);
+                groups.push_back(vec![item]);
             }
         }
+        self.in_vain |= broken;
+        broken.then_some(Trouble {
+            failure: last,
+            stage: Stage::Handler,
+        })
     }
 
     /// Gives back all but `keep` of what waits, and keeps each of those for

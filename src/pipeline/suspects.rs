@@ -94,25 +94,27 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes the marks off what waits for the world: a process that ends in the
-    /// meantime dies of none of these. A mark that stays is seen again when its
-    /// message comes back.
-    pub(super) fn unmark_waiting(&mut self, groups: &mut VecDeque<Vec<Item>>) {
-        let ids: Vec<&str> = groups
-            .iter()
+    /// Takes the marks off what only waits: a process that is ended meanwhile
+    /// has not died of it. Where that fails, a mark can make its message run
+    /// alone, later.
+    pub(super) fn rest_suspects(&mut self, groups: &mut VecDeque<Vec<Item>>) {
+        let mut marked: Vec<&mut Item> = groups
+            .iter_mut()
             .flatten()
             .filter(|item| item.marked)
+            .collect();
+        let ids: Vec<&str> = marked
+            .iter()
             .filter_map(|item| item.id.as_ref().map(MessageId::as_str))
             .collect();
         if ids.is_empty() {
             return;
         }
-        if let Err(error) = self.ledger.unmark(&ids) {
-            log::debug!(consumer = self.shared.consumer.name.as_str(); "marks stay: {error}");
-            return;
-        }
-        for item in groups.iter_mut().flatten() {
-            item.marked = false;
+        match self.ledger.rest(&ids) {
+            Ok(()) => marked.iter_mut().for_each(|item| item.marked = false),
+            Err(error) => {
+                log::debug!(consumer = self.shared.consumer.name.as_str(); "marks stay: {error}");
+            }
         }
     }
 

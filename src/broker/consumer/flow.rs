@@ -245,6 +245,8 @@ impl<'a> Flow<'a> {
             (Settlement::Reject, Some(parcel)) if self.publishes => self.copy(tag, *parcel),
             // Without its body there is no copy: somebody may try it again.
             (Settlement::Retry, None) => self.conclude(tag, Settlement::Requeue),
+            // Rejected by a queue that nobody proved, it might vanish.
+            (Settlement::Reject, None) if self.publishes => self.conclude(tag, Settlement::Requeue),
             (settlement, _) => self.conclude(tag, settlement),
         }
     }
@@ -329,7 +331,12 @@ impl<'a> Flow<'a> {
         self.keep(deliveries)?;
         let kept = std::mem::take(&mut self.kept);
         for delivery in kept.into_iter().chain(feed.unstarted.try_iter()) {
-            self.conclude(delivery.ticket.tag, Settlement::Requeue)?;
+            // Some may have come over a connection that is lost.
+            self.settle(Settled {
+                ticket: delivery.ticket,
+                settlement: Settlement::Requeue,
+                parcel: None,
+            })?;
         }
         Ok(())
     }

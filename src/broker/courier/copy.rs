@@ -20,8 +20,18 @@ pub(in crate::broker) struct Copy {
     exchange: String,
     routing_key: String,
     parcel: Parcel,
-    /// Nothing of the daemon's own is added, for want of room.
-    bare: bool,
+    carries: Carries,
+}
+
+/// Which headers there is room for.
+#[derive(Debug, Clone, std::marker::Copy, PartialEq, Eq)]
+enum Carries {
+    /// The message's and the daemon's.
+    All,
+    /// The message's alone.
+    Its,
+    /// The daemon's alone.
+    Ours,
 }
 
 /// Where copies go.
@@ -49,7 +59,7 @@ impl Copy {
             exchange: std::mem::take(&mut shell.exchange),
             routing_key: std::mem::take(&mut shell.routing_key),
             parcel,
-            bare: false,
+            carries: Carries::All,
         }
     }
 
@@ -61,8 +71,8 @@ impl Copy {
         &self.parcel.body
     }
 
-    pub(super) fn is_bare(&self) -> bool {
-        self.bare
+    pub(super) fn is_lightest(&self) -> bool {
+        self.carries == Carries::Ours
     }
 
     /// Which copies fail for the same reasons.
@@ -73,9 +83,10 @@ impl Copy {
         }
     }
 
-    /// The same as a dead letter that carries nothing of the daemon's own. The
-    /// tag alone where the broker makes the dead letters.
-    pub(super) fn bare(self, consumer: &checked::Consumer) -> Result<Self, u64> {
+    /// The same as a dead letter that carries fewer headers: first without the
+    /// daemon's, then without its own. The tag alone where the broker makes the
+    /// dead letters.
+    pub(super) fn lighter(self, consumer: &checked::Consumer) -> Result<Self, u64> {
         let purpose = match (self.parcel.purpose, consumer.topology.dead_letters) {
             (Purpose::Retry(_), DeadLetters::Reject) => return Err(self.tag),
             (Purpose::Retry(_), DeadLetters::Publish) => Purpose::DeadLetter(DeadReason::Rejected),
@@ -87,7 +98,10 @@ impl Copy {
         };
         Ok(Self {
             parcel,
-            bare: true,
+            carries: match self.carries {
+                Carries::All => Carries::Its,
+                Carries::Its | Carries::Ours => Carries::Ours,
+            },
             ..self
         })
     }
@@ -109,7 +123,7 @@ impl Copy {
     pub(super) fn outgoing(&self, consumer: &checked::Consumer, random: u64) -> Parts {
         // The broker would drop the message's own expiration on the way, too.
         let mut properties = without_expiration_and_user(&self.properties);
-        if !self.bare {
+        if self.carries != Carries::Its {
             properties = properties.with_headers(self.headers());
         }
         match self.parcel.purpose {
@@ -147,7 +161,10 @@ impl Copy {
     }
 
     fn headers(&self) -> FieldTable {
-        let mut headers = self.properties.headers().clone().unwrap_or_default();
+        let mut headers = match self.carries {
+            Carries::Ours => FieldTable::new(),
+            Carries::All | Carries::Its => self.properties.headers().clone().unwrap_or_default(),
+        };
         headers.retain(|name, _| !OF_THE_BROKER.contains(&name.as_str()));
         let text = |text: &str| AmqpValue::LongString(text.to_owned());
         let attempts = i64::from(self.parcel.attempts);
