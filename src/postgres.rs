@@ -88,8 +88,8 @@ impl Session {
                 });
             }
             Ok(Err(error)) => match from_sqlx(&error) {
-                refused @ Error::Refused(_) => refused,
-                _ => unreachable(error.to_string()),
+                refused @ (Error::Refused(_) | Error::Unreachable { .. }) => refused,
+                Error::Lost(cause) => unreachable(cause),
             },
             Err(_) => {
                 let within = config.connect_timeout;

@@ -265,55 +265,9 @@ fn an_id_of_255_bytes_is_applied() {
     stage.finish();
 }
 
-/// One field of every type there is in RabbitMQ's tables.
-fn every_type() -> Vec<(&'static str, Vec<u8>)> {
-    let field = |name: &str, kind: u8, value: &[u8]| raw::field(name.as_bytes(), kind, value);
-    let string = |name: &str, text: &[u8]| field(name, b'S', &raw::long(text));
-    vec![
-        ("boolean", field("f", b't', &[1])),
-        ("i8", field("f", b'b', &[0x80])),
-        ("u8", field("f", b'B', &[0xFF])),
-        ("i16", field("f", b's', &i16::MIN.to_be_bytes())),
-        ("u16", field("f", b'u', &u16::MAX.to_be_bytes())),
-        ("i32", field("f", b'I', &i32::MIN.to_be_bytes())),
-        ("u32", field("f", b'i', &u32::MAX.to_be_bytes())),
-        ("i64", field("f", b'l', &i64::MIN.to_be_bytes())),
-        ("f32", field("f", b'f', &1.5_f32.to_be_bytes())),
-        ("f64", field("f", b'd', &f64::MAX.to_be_bytes())),
-        ("decimal", field("f", b'D', &[255, 0xFF, 0xFF, 0xFF, 0xFF])),
-        ("time", field("f", b'T', &u64::MAX.to_be_bytes())),
-        ("void", field("f", b'V', &[])),
-        ("bytes", field("f", b'x', &raw::long(b"\xFF\0\xFE"))),
-        ("empty bytes", field("f", b'x', &raw::long(&[]))),
-        ("string", string("f", b"text")),
-        ("empty string", string("f", b"")),
-        ("NUL in a string", string("f", b"a\0b")),
-        ("no UTF-8 in a string", string("f", b"\xFF\xFE")),
-        ("long string", string("f", &[b'x'; 100_000])),
-        ("empty table", field("f", b'F', &raw::long(&[]))),
-        ("empty array", field("f", b'A', &raw::long(&[]))),
-        (
-            "mixed array",
-            field("f", b'A', &raw::long(b"t\x01VS\0\0\0\x02\xFF\xFEF\0\0\0\0")),
-        ),
-        (
-            "table",
-            field("f", b'F', &raw::long(&string("\u{0}", b"\xFF"))),
-        ),
-        ("no name", string("", b"text")),
-        ("NUL in a name", string("a\0b", b"text")),
-        ("no UTF-8 in a name", raw::field(b"\xFF\xFE", b't', &[0])),
-        ("name of 255 bytes", raw::field(&[0x80; 255], b't', &[0])),
-        (
-            "one name twice",
-            [string("f", b"1"), string("f", b"2")].concat(),
-        ),
-    ]
-}
-
 #[test]
 fn a_header_of_any_type_is_survived() {
-    survives(every_type().into_iter().map(|(what, field)| {
+    survives(raw::every_type(b"f").into_iter().map(|(what, field)| {
         let properties = Properties::new(what.as_bytes()).headers(&[field]);
         (what.to_owned(), properties)
     }));
@@ -321,7 +275,10 @@ fn a_header_of_any_type_is_survived() {
 
 #[test]
 fn a_table_of_all_types_and_of_thousands_of_fields_is_survived() {
-    let all: Vec<_> = every_type().into_iter().map(|(_, field)| field).collect();
+    let all: Vec<_> = raw::every_type(b"f")
+        .into_iter()
+        .map(|(_, field)| field)
+        .collect();
     let many: Vec<_> = (0..5_000)
         .map(|number| raw::field(format!("field-{number}").as_bytes(), b'V', &[]))
         .collect();

@@ -118,7 +118,8 @@ fn a_claim_of_a_killed_process_delays_its_message_by_no_more_than_the_lease() {
     blocker.execute("begin; lock table effect");
     let daemon = world.run(&config_slow);
     send(&world, &ids);
-    eventually("they are claimed", || world.redis.claims().len() == 20);
+    // A worker stands still with what it took first; the rest waits unclaimed.
+    eventually("some are claimed", || !world.redis.claims().is_empty());
     daemon.kill();
     let killed = Instant::now();
     blocker.execute("rollback");

@@ -166,6 +166,35 @@ fn a_role_that_may_not_log_in_any_more_harms_no_message() {
     admin.execute(&format!("drop role {name}"));
 }
 
+/// Has PostgreSQL ask `role` for its password, which it does of nobody else.
+fn ask_for_password(admin: &Database, role: &str) {
+    let file = admin.texts("select current_setting('hba_file')").remove(0);
+    // COPY empties the file before it runs its query.
+    admin.execute(&format!(
+        "create temporary table hba as select 1 as nr, 'host all {role} 127.0.0.1/32 scram-sha-256' \
+         as line union all select 2, * from regexp_split_to_table(pg_read_file('{file}'), E'\\n') \
+         as line where line ~ '^[a-z]'; \
+         copy (select line from hba order by nr) to '{file}'; select pg_reload_conf()"
+    ));
+}
+
+#[test]
+fn a_password_that_was_changed_harms_no_message() {
+    let with_password = |world: &World, config: Config| {
+        ask_for_password(&world.db, world.name());
+        with_own_role(world, config)
+    };
+    let stage = Stage::new(with_password);
+    let admin = admin(&stage.world);
+    let name = stage.world.name().to_owned();
+    admin.execute(&format!("alter role {name} password 'after it'"));
+    terminate_sessions(&admin, &stage.world);
+    stage.pauses("28P01");
+    admin.execute(&format!("alter role {name} password '{ROLE_PASSWORD}'"));
+    stage.recovers();
+    admin.execute(&format!("drop role {name}"));
+}
+
 #[test]
 fn a_right_that_is_taken_away_harms_no_message() {
     let stage = Stage::new(with_own_role);
@@ -240,7 +269,7 @@ fn a_full_disk_harms_no_message() {
 const REFUSING: &str = "insert into effect (message_id, note) \
     select message_id, refuse((body->>'refuse')::bool) from message";
 
-fn world_that_refuses(breaker: u32) -> (World, Config) {
+fn world_that_refuses(breaker: u32, max_attempts: u32) -> (World, Config) {
     let world = World::new();
     world.db.execute(
         "create table wanted (id int); insert into wanted values (1); \
@@ -251,7 +280,7 @@ fn world_that_refuses(breaker: u32) -> (World, Config) {
     let orders = Consumer::orders()
         .sql(REFUSING)
         .set("retry.breaker", breaker)
-        .max_attempts(3)
+        .max_attempts(max_attempts)
         .backoff(&["50ms"]);
     let config = world.config().consumer(orders);
     world.prepare(&config);
@@ -265,7 +294,7 @@ fn refused(id: &str, refuse: bool) -> Msg {
 #[test]
 fn the_breaker_opens_after_so_many_failures_in_a_row_and_not_before() {
     const BREAKER: usize = 30;
-    let (world, config) = world_that_refuses(BREAKER as u32);
+    let (world, config) = world_that_refuses(BREAKER as u32, 3);
     let daemon = world.run(&config);
     world.db.execute("delete from wanted");
     // One less than it takes, in three attempts each: all are dead-lettered.
@@ -293,17 +322,8 @@ fn the_breaker_opens_after_so_many_failures_in_a_row_and_not_before() {
 
 #[test]
 fn one_poison_message_in_good_traffic_never_opens_the_breaker() {
-    let (world, config) = world_that_refuses(4);
-    let config_many = {
-        let orders = Consumer::orders()
-            .sql(REFUSING)
-            .set("retry.breaker", 4)
-            .max_attempts(20)
-            .backoff(&["20ms"]);
-        drop(config);
-        world.config().consumer(orders)
-    };
-    let daemon = world.run(&config_many);
+    let (world, config) = world_that_refuses(4, 20);
+    let daemon = world.run(&config);
     world.broker.send(ORDERS, [refused("poison", true)]);
     let mut sent = 0;
     eventually("the poison comes to rest", || {
@@ -315,6 +335,6 @@ fn one_poison_message_in_good_traffic_never_opens_the_breaker() {
     });
     assert!(!daemon.logged(&["paused"]));
     assert_eq!(world.db.failures(ORDERS).len(), 20);
-    world.drain_with(daemon, &config_many, ORDERS);
+    world.drain_with(daemon, &config, ORDERS);
     world.assert_each_applied_once(&numbered_ids("m", sent as usize));
 }

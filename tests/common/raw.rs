@@ -18,10 +18,14 @@ pub mod flag {
     pub const CONTENT_ENCODING: u16 = 1 << 14;
     pub const HEADERS: u16 = 1 << 13;
     pub const DELIVERY_MODE: u16 = 1 << 12;
+    pub const PRIORITY: u16 = 1 << 11;
     pub const CORRELATION_ID: u16 = 1 << 10;
     pub const REPLY_TO: u16 = 1 << 9;
+    pub const EXPIRATION: u16 = 1 << 8;
     pub const MESSAGE_ID: u16 = 1 << 7;
+    pub const TIMESTAMP: u16 = 1 << 6;
     pub const TYPE: u16 = 1 << 5;
+    pub const USER_ID: u16 = 1 << 4;
     pub const APP_ID: u16 = 1 << 3;
     pub const CLUSTER_ID: u16 = 1 << 2;
 }
@@ -114,6 +118,50 @@ pub fn nested_arrays(name: &[u8], depth: usize) -> Vec<u8> {
 /// with one field without a name.
 pub fn nested_tables(name: &[u8], depth: usize) -> Vec<u8> {
     nested(name, depth, b'F', 6, &[0])
+}
+
+/// One field called `name` of every type there is in RabbitMQ's tables, and
+/// some whose own name is the hazard.
+pub fn every_type(name: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
+    let field = |name: &[u8], kind: u8, value: &[u8]| field(name, kind, value);
+    let string = |name: &[u8], text: &[u8]| field(name, b'S', &long(text));
+    vec![
+        ("boolean", field(name, b't', &[1])),
+        ("i8", field(name, b'b', &[0x80])),
+        ("u8", field(name, b'B', &[0xFF])),
+        ("i16", field(name, b's', &i16::MIN.to_be_bytes())),
+        ("u16", field(name, b'u', &u16::MAX.to_be_bytes())),
+        ("i32", field(name, b'I', &i32::MIN.to_be_bytes())),
+        ("u32", field(name, b'i', &u32::MAX.to_be_bytes())),
+        ("i64", field(name, b'l', &i64::MIN.to_be_bytes())),
+        ("f32", field(name, b'f', &1.5_f32.to_be_bytes())),
+        ("f64", field(name, b'd', &f64::MAX.to_be_bytes())),
+        ("decimal", field(name, b'D', &[255, 0xFF, 0xFF, 0xFF, 0xFF])),
+        ("time", field(name, b'T', &u64::MAX.to_be_bytes())),
+        ("void", field(name, b'V', &[])),
+        ("bytes", field(name, b'x', &long(b"\xFF\0\xFE"))),
+        ("empty bytes", field(name, b'x', &long(&[]))),
+        ("string", string(name, b"text")),
+        ("empty string", string(name, b"")),
+        ("NUL in a string", string(name, b"a\0b")),
+        ("no UTF-8 in a string", string(name, b"\xFF\xFE")),
+        ("long string", string(name, &[b'x'; 100_000])),
+        ("empty table", field(name, b'F', &long(&[]))),
+        ("empty array", field(name, b'A', &long(&[]))),
+        (
+            "mixed array",
+            field(name, b'A', &long(b"t\x01VS\0\0\0\x02\xFF\xFEF\0\0\0\0")),
+        ),
+        ("table", field(name, b'F', &long(&string(b"\0", b"\xFF")))),
+        ("no name", string(b"", b"text")),
+        ("NUL in a name", string(b"a\0b", b"text")),
+        ("no UTF-8 in a name", field(b"\xFF\xFE", b't', &[0])),
+        ("name of 255 bytes", field(&[0x80; 255], b't', &[0])),
+        (
+            "one name twice",
+            [string(name, b"1"), string(name, b"2")].concat(),
+        ),
+    ]
 }
 
 fn nested(name: &[u8], depth: usize, kind: u8, level: usize, before: &[u8]) -> Vec<u8> {
