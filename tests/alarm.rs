@@ -7,8 +7,13 @@ mod common;
 mod stage;
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use common::{Consumer, DEADLINE, Msg, ORDERS, eventually};
+use nix::sys::signal::Signal;
+
+use common::{
+    Consumer, DEADLINE, Msg, ORDERS, ORDERS_DEAD, World, eventually, numbered, numbered_ids,
+};
 use stage::{Stage, foreign, orders};
 
 #[test]
@@ -67,4 +72,92 @@ fn evaluate(code: &str) {
     let program = std::env::var("ACKONCE_RABBITMQCTL").expect("script/services env sets it");
     let output = Command::new(program).args(["eval", code]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
+}
+
+/// Fails with SQLSTATE `23503` the first time, and for good ids never.
+const FAIL_ONCE: &str = "insert into effect (message_id) \
+    select fail_once(message_id, attempt) from message";
+
+fn make_fail_once(world: &World) {
+    world.db.execute(
+        "create function fail_once(id text, attempt int) returns text \
+         language plpgsql as $$ begin if attempt = 1 and id like 'bad%' then \
+         raise exception 'not yet' using errcode = '23503'; end if; return id; end $$",
+    );
+}
+
+#[test]
+fn during_an_alarm_retries_wait_unacknowledged_and_all_else_goes_on() {
+    let world = World::new();
+    make_fail_once(&world);
+    let orders = Consumer::orders()
+        .sql(FAIL_ONCE)
+        .set("retry.breaker", 0)
+        .backoff(&["100ms"]);
+    let config = world.config().consumer(orders);
+    let daemon = world.run(&config);
+    world.broker.send(ORDERS, [Msg::new("bad-before")]);
+    world.wait_for_effects(1);
+    daemon.signal(Signal::SIGSTOP);
+    let messages = numbered("bad", 20).into_iter().chain(numbered("good", 500));
+    world.broker.send(ORDERS, messages);
+    let alarm = Alarm::raise();
+    daemon.signal(Signal::SIGCONT);
+    // Applied and acked, although the broker takes no message.
+    world.wait_for_effects(501);
+    eventually("what fails is held", || unacked(&world) == 20);
+    assert_eq!(world.broker.ready("orders.retry.100ms"), 0);
+    drop(alarm);
+    world.wait_for_effects(521);
+    world.drain_with(daemon, &config, ORDERS);
+    let ids: Vec<String> = [numbered_ids("bad", 20), numbered_ids("good", 500)].concat();
+    let ids: Vec<&str> = ids
+        .iter()
+        .map(String::as_str)
+        .chain(["bad-before"])
+        .collect();
+    world.assert_each_applied_once(&ids);
+    assert!(world.broker.is_empty(ORDERS_DEAD));
+}
+
+#[test]
+fn a_stop_during_an_alarm_gives_back_what_waits_for_its_retry() {
+    let world = World::new();
+    make_fail_once(&world);
+    let orders = Consumer::orders()
+        .sql(FAIL_ONCE)
+        .set("retry.breaker", 0)
+        .backoff(&["100ms"]);
+    let config = world.config().consumer(orders);
+    world.prepare(&config);
+    world.broker.send(ORDERS, numbered("bad", 20));
+    let alarm = Alarm::raise();
+    let daemon = world.run(&config);
+    eventually("what fails is held", || {
+        world.db.count("select count(*) from ackonce.failure") >= 20
+    });
+    let since = Instant::now();
+    daemon.stop();
+    assert!(
+        since.elapsed() < Duration::from_secs(10),
+        "it took too long"
+    );
+    eventually("they are back", || world.broker.ready(ORDERS) == 20);
+    drop(alarm);
+    // Their attempts were not counted: with the first of the next daemon they
+    // fail once more, and are applied with the second.
+    let daemon = world.run(&config);
+    world.wait_for_effects(20);
+    world.drain_with(daemon, &config, ORDERS);
+    world.assert_each_applied_once(&numbered_ids("bad", 20));
+    let firsts = "select count(*) from ackonce.failure where attempt = 1";
+    assert_eq!(world.db.count(firsts), 40);
+}
+
+/// Deliveries of the work queue that are not acknowledged, as the broker
+/// counts them.
+fn unacked(world: &World) -> u64 {
+    let path = format!("/api/queues/{}/{ORDERS}", world.name());
+    let queue = world.management.get(&path);
+    queue["messages_unacknowledged"].as_u64().unwrap_or(0)
 }
