@@ -1,5 +1,6 @@
-//! What goes on while an alarm on the broker blocks those who publish. The alarm
-//! is one for the whole broker: what is in here runs while no other test does.
+//! What goes on while an alarm on the broker blocks those who publish, or its
+//! limits change. Both are the whole broker's: what is in here runs while no
+//! other test does.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 mod common;
@@ -67,11 +68,74 @@ impl Drop for Alarm {
     }
 }
 
-/// Runs Erlang code in the broker.
-fn evaluate(code: &str) {
+/// A `max_message_size`, as long as this lives.
+struct MessageSize {
+    before: String,
+}
+
+impl MessageSize {
+    fn limit(bytes: usize) -> Self {
+        let before = "element(2, application:get_env(rabbit, max_message_size))";
+        let before = evaluate(&format!("persistent_term:get(max_message_size, {before})."));
+        Self::set(&bytes.to_string());
+        Self { before }
+    }
+
+    /// RabbitMQ 3.10 reads the one, 4.3 the other.
+    fn set(bytes: &str) {
+        evaluate(&format!(
+            "application:set_env(rabbit, max_message_size, {bytes}), \
+             persistent_term:put(max_message_size, {bytes})."
+        ));
+    }
+}
+
+impl Drop for MessageSize {
+    fn drop(&mut self) {
+        Self::set(&self.before);
+    }
+}
+
+#[test]
+fn a_copy_that_the_broker_will_not_have_is_dead_lettered_and_its_neighbours_are_retried() {
+    for dead_letters in ["reject", "publish"] {
+        let world = World::new();
+        make_fail_once(&world);
+        let orders = Consumer::orders()
+            .sql(FAIL_ONCE)
+            .set("retry.breaker", 0)
+            .set("topology.dead_letters", dead_letters)
+            .backoff(&["100ms"]);
+        let config = world.config().consumer(orders);
+        world.prepare(&config);
+        let large = serde_json::json!({ "padding": "x".repeat(50_000) });
+        world.broker.send(ORDERS, numbered("bad-small", 10));
+        world
+            .broker
+            .send(ORDERS, [Msg::new("bad-large").json(&large)]);
+        world.broker.send(ORDERS, numbered("bad-later", 10));
+        let limit = MessageSize::limit(10_000);
+        let daemon = world.run(&config);
+        world.wait_for_effects(20);
+        if dead_letters == "publish" {
+            // Nothing more can be taken from it. It waits until it is let in.
+            eventually("it is held", || unacked(&world) == 1);
+            drop(limit);
+        }
+        let dead = world.broker.wait_for_dead(ORDERS_DEAD, 1);
+        assert_eq!(dead[0].id(), Some("bad-large"));
+        world.drain_with(daemon, &config, ORDERS);
+        let ids = [numbered_ids("bad-small", 10), numbered_ids("bad-later", 10)].concat();
+        world.assert_each_applied_once(&ids);
+    }
+}
+
+/// Runs Erlang code in the broker, and returns what it says.
+fn evaluate(code: &str) -> String {
     let program = std::env::var("ACKONCE_RABBITMQCTL").expect("script/services env sets it");
     let output = Command::new(program).args(["eval", code]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
 /// Fails with SQLSTATE `23503` the first time, and for good ids never.
