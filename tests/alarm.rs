@@ -1,5 +1,6 @@
-//! What goes on while an alarm on the broker blocks those who publish. The alarm
-//! is one for the whole broker: what is in here runs while no other test does.
+//! What goes on while an alarm on the broker blocks those who publish, or its
+//! limits change. Both are the whole broker's: what is in here runs while no
+//! other test does.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 mod common;
@@ -7,8 +8,13 @@ mod common;
 mod stage;
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use common::{Consumer, DEADLINE, Msg, ORDERS, eventually};
+use nix::sys::signal::Signal;
+
+use common::{
+    Consumer, DEADLINE, Msg, ORDERS, ORDERS_DEAD, World, eventually, numbered, numbered_ids,
+};
 use stage::{Stage, foreign, orders};
 
 #[test]
@@ -62,9 +68,160 @@ impl Drop for Alarm {
     }
 }
 
-/// Runs Erlang code in the broker.
-fn evaluate(code: &str) {
+/// A `max_message_size`, as long as this lives.
+struct MessageSize {
+    before: String,
+}
+
+impl MessageSize {
+    fn limit(bytes: usize) -> Self {
+        let before = "element(2, application:get_env(rabbit, max_message_size))";
+        let before = evaluate(&format!("persistent_term:get(max_message_size, {before})."));
+        Self::set(&bytes.to_string());
+        Self { before }
+    }
+
+    /// RabbitMQ 3.10 reads the one, 4.3 the other.
+    fn set(bytes: &str) {
+        evaluate(&format!(
+            "application:set_env(rabbit, max_message_size, {bytes}), \
+             persistent_term:put(max_message_size, {bytes})."
+        ));
+    }
+}
+
+impl Drop for MessageSize {
+    fn drop(&mut self) {
+        Self::set(&self.before);
+    }
+}
+
+#[test]
+fn a_copy_that_the_broker_will_not_have_is_dead_lettered_and_its_neighbours_are_retried() {
+    for dead_letters in ["reject", "publish"] {
+        let world = World::new();
+        make_fail_once(&world);
+        let orders = Consumer::orders()
+            .sql(FAIL_ONCE)
+            .set("retry.breaker", 0)
+            .set("topology.dead_letters", dead_letters)
+            .backoff(&["100ms"]);
+        let config = world.config().consumer(orders);
+        world.prepare(&config);
+        let large = serde_json::json!({ "padding": "x".repeat(50_000) });
+        world.broker.send(ORDERS, numbered("bad-small", 10));
+        world
+            .broker
+            .send(ORDERS, [Msg::new("bad-large").json(&large)]);
+        world.broker.send(ORDERS, numbered("bad-later", 10));
+        let limit = MessageSize::limit(10_000);
+        let daemon = world.run(&config);
+        world.wait_for_effects(20);
+        if dead_letters == "publish" {
+            // Nothing more can be taken from it. It waits until it is let in.
+            eventually("it is held", || unacked(&world) == 1);
+            drop(limit);
+        }
+        let dead = world.broker.wait_for_dead(ORDERS_DEAD, 1);
+        assert_eq!(dead[0].id(), Some("bad-large"));
+        world.drain_with(daemon, &config, ORDERS);
+        let ids = [numbered_ids("bad-small", 10), numbered_ids("bad-later", 10)].concat();
+        world.assert_each_applied_once(&ids);
+    }
+}
+
+/// Runs Erlang code in the broker, and returns what it says.
+fn evaluate(code: &str) -> String {
     let program = std::env::var("ACKONCE_RABBITMQCTL").expect("script/services env sets it");
     let output = Command::new(program).args(["eval", code]).output().unwrap();
     assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// Fails with SQLSTATE `23503` the first time, and for good ids never.
+const FAIL_ONCE: &str = "insert into effect (message_id) \
+    select fail_once(message_id, attempt) from message";
+
+fn make_fail_once(world: &World) {
+    world.db.execute(
+        "create function fail_once(id text, attempt int) returns text \
+         language plpgsql as $$ begin if attempt = 1 and id like 'bad%' then \
+         raise exception 'not yet' using errcode = '23503'; end if; return id; end $$",
+    );
+}
+
+#[test]
+fn during_an_alarm_retries_wait_unacknowledged_and_all_else_goes_on() {
+    let world = World::new();
+    make_fail_once(&world);
+    let orders = Consumer::orders()
+        .sql(FAIL_ONCE)
+        .set("retry.breaker", 0)
+        .backoff(&["100ms"]);
+    let config = world.config().consumer(orders);
+    let daemon = world.run(&config);
+    world.broker.send(ORDERS, [Msg::new("bad-before")]);
+    world.wait_for_effects(1);
+    daemon.signal(Signal::SIGSTOP);
+    let messages = numbered("bad", 20).into_iter().chain(numbered("good", 500));
+    world.broker.send(ORDERS, messages);
+    let alarm = Alarm::raise();
+    daemon.signal(Signal::SIGCONT);
+    // Applied and acked, although the broker takes no message.
+    world.wait_for_effects(501);
+    eventually("what fails is held", || unacked(&world) == 20);
+    assert_eq!(world.broker.ready("orders.retry.100ms"), 0);
+    drop(alarm);
+    world.wait_for_effects(521);
+    world.drain_with(daemon, &config, ORDERS);
+    let ids: Vec<String> = [numbered_ids("bad", 20), numbered_ids("good", 500)].concat();
+    let ids: Vec<&str> = ids
+        .iter()
+        .map(String::as_str)
+        .chain(["bad-before"])
+        .collect();
+    world.assert_each_applied_once(&ids);
+    assert!(world.broker.is_empty(ORDERS_DEAD));
+}
+
+#[test]
+fn a_stop_during_an_alarm_gives_back_what_waits_for_its_retry() {
+    let world = World::new();
+    make_fail_once(&world);
+    let orders = Consumer::orders()
+        .sql(FAIL_ONCE)
+        .set("retry.breaker", 0)
+        .backoff(&["100ms"]);
+    let config = world.config().consumer(orders);
+    world.prepare(&config);
+    world.broker.send(ORDERS, numbered("bad", 20));
+    let alarm = Alarm::raise();
+    let daemon = world.run(&config);
+    eventually("what fails is held", || {
+        world.db.count("select count(*) from ackonce.failure") >= 20
+    });
+    let since = Instant::now();
+    daemon.stop();
+    assert!(
+        since.elapsed() < Duration::from_secs(10),
+        "it took too long"
+    );
+    eventually("they are back", || world.broker.ready(ORDERS) == 20);
+    drop(alarm);
+    // Their attempts were not counted: with the first of the next daemon they
+    // fail once more, and are applied with the second.
+    let daemon = world.run(&config);
+    world.wait_for_effects(20);
+    world.drain_with(daemon, &config, ORDERS);
+    world.assert_each_applied_once(&numbered_ids("bad", 20));
+    let firsts = "select count(*) from ackonce.failure where attempt = 1";
+    assert_eq!(world.db.count(firsts), 40);
+}
+
+/// Deliveries of the work queue that are not acknowledged, as the broker
+/// counts them.
+fn unacked(world: &World) -> u64 {
+    let path = format!("/api/queues/{}/{ORDERS}", world.name());
+    let queue = world.management.get(&path);
+    queue["messages_unacknowledged"].as_u64().unwrap_or(0)
 }
