@@ -94,7 +94,9 @@ pub(super) fn dead_letters(
 /// Whether a dead letter that has nowhere to go stays: the daemon acks what it
 /// publishes only with a confirm. A quorum queue with at-least-once
 /// dead-lettering, which was compared, holds on to what was rejected until it
-/// can be routed. A classic queue drops it.
+/// can be routed: seen on RabbitMQ 3.10 and 4.3, whose dead-letter queue was
+/// deleted under them; three minutes after it was bound again it had the
+/// message. A classic queue drops it.
 fn is_kept_anyway(topology: &Topology) -> bool {
     match (topology.dead_letters, topology.queue_type) {
         (DeadLetters::Publish, _) => true,
