@@ -123,7 +123,7 @@ pub const TOPOLOGY_MODE: TopologyMode = TopologyMode::Declare;
 /// `[consumer.topology] queue_type`
 pub const QUEUE_TYPE: QueueType = QueueType::Quorum;
 /// `[consumer.topology] delivery_limit` of a quorum queue, deliveries.
-pub const DELIVERY_LIMIT: Setting<u32> = setting(100, 1, 1_000_000);
+pub const DELIVERY_LIMIT: Setting<u32> = setting(1_000, 1, 1_000_000);
 /// `[consumer.topology] dead_letters`: rejecting is left to the broker where it
 /// can be proved not to lose the message. A classic queue moves a dead letter
 /// at most once; about a queue that nobody compares nothing is known.

@@ -349,8 +349,8 @@ fn the_last_delay_goes_on_for_all_attempts_that_follow() {
 #[test]
 fn how_dead_letters_leave_follows_from_what_can_be_proved() {
     for (lines, dead_letters, delivery_limit) in [
-        ("", DeadLetters::Reject, Some(100)),
-        ("mode = \"verify\"", DeadLetters::Reject, Some(100)),
+        ("", DeadLetters::Reject, Some(1_000)),
+        ("mode = \"verify\"", DeadLetters::Reject, Some(1_000)),
         ("queue_type = \"classic\"", DeadLetters::Publish, None),
         ("mode = \"none\"", DeadLetters::Publish, None),
         (
@@ -366,7 +366,7 @@ fn how_dead_letters_leave_follows_from_what_can_be_proved() {
         (
             "dead_letters = \"publish\"",
             DeadLetters::Publish,
-            Some(100),
+            Some(1_000),
         ),
     ] {
         let config = parse(&below("[consumer.topology]", lines));
