@@ -193,3 +193,20 @@ fn workers_that_mark_the_same_messages_in_another_order_do_not_block_each_other(
     });
     assert_eq!(world.db.count("select count(*) from ackonce.suspect"), 0);
 }
+
+#[test]
+fn a_mark_that_is_nobodys_counts_no_death_and_forgets_none() {
+    let world = World::migrated();
+    let owner = |owner| worker(&world, "orders", owner);
+    let (mut first, mut second, mut third) = (owner(1), owner(2), owner(3));
+    first.mark(&["a", "b"]).unwrap();
+    second.mark(&["a"]).unwrap();
+    // b is the first one's, and stays so.
+    second.rest(&["a", "b"]).unwrap();
+    assert_eq!(third.suspects(&["a"]).unwrap(), deaths(&[("a", 1)]));
+    assert_eq!(third.suspects(&["b"]).unwrap(), deaths(&[("b", 1)]));
+    third.mark(&["a"]).unwrap();
+    assert_eq!(third.suspects(&["a"]).unwrap(), deaths(&[("a", 1)]));
+    first.rest(&["b"]).unwrap();
+    assert!(third.suspects(&["b"]).unwrap().is_empty());
+}

@@ -183,3 +183,37 @@ fn a_dead_letter_with_too_many_headers_is_published_without_them() {
             .set("topology.queue_type", "classic"),
     );
 }
+
+/// Runs daemons, each until it dies of the message `bad`, until one does not.
+fn dies_until_it_is_quarantined(queue_type: &str) {
+    let world = World::new();
+    let orders = Consumer::orders().set("topology.queue_type", queue_type);
+    let config = world.config().consumer(orders);
+    world.prepare(&config);
+    let mut messages = numbered("m", 300);
+    messages.insert(100, Msg::new("bad").body("poison pill"));
+    world.broker.send(ORDERS, messages);
+    for deaths in 1..=5 {
+        let mut daemon = world.daemon(&config).dies_of("poison pill").start();
+        daemon.wait_until_killed();
+        println!("died {deaths} times");
+    }
+    let daemon = world.daemon(&config).dies_of("poison pill").start();
+    let dead = world.broker.wait_for_dead(ORDERS_DEAD, 1);
+    assert_eq!(dead[0].id(), Some("bad"));
+    assert_eq!(world.db.reasons(ORDERS), ["crash-loop"]);
+    world.wait_for_effects(300);
+    world.drain_with(daemon, &config, ORDERS);
+    world.assert_each_applied_once(&numbered_ids("m", 300));
+    assert_eq!(world.db.count("select count(*) from ackonce.suspect"), 0);
+}
+
+#[test]
+fn what_kills_its_worker_is_quarantined_on_a_quorum_queue() {
+    dies_until_it_is_quarantined("quorum");
+}
+
+#[test]
+fn what_kills_its_worker_is_quarantined_on_a_classic_queue() {
+    dies_until_it_is_quarantined("classic");
+}
