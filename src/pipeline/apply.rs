@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Worker;
 use super::item::Item;
 use crate::failpoint::{self, Step};
-use crate::failure::{self, Class, Failure};
+use crate::failure::{self, Class, Failure, class_of_sqlstate};
 use crate::handler::Work;
 use crate::ledger::{CommitError, Record};
 use crate::lifecycle::Event;
@@ -414,9 +414,12 @@ impl Worker {
 
     /// What the log may say: an error about a message may quote it.
     fn in_public<'a>(&self, failure: &'a Failure) -> &'a str {
+        // A code that the configuration alone calls systemic may be about one.
+        let code = failure.code.as_deref();
+        let of_the_world = code.is_none_or(|code| class_of_sqlstate(code) == Class::Systemic);
         match failure.class {
-            Class::Systemic => failure.text.as_str(),
-            Class::Transient | Class::Permanent => "attempts fail, see the failure journal",
+            Class::Systemic if of_the_world => failure.text.as_str(),
+            _ => "attempts fail, see the failure journal",
         }
     }
 
