@@ -41,7 +41,7 @@ const BATCH_BYTES_MAX: usize = 16 << 20;
 
 /// How long a batch that is less than half full may grow while other workers
 /// are busy: so many steps of so long.
-const GROWING_MAX: u32 = 4;
+const GROWING_MAX: u32 = 20;
 const GROWING_STEP: Duration = Duration::from_micros(250);
 
 /// What a worker shares with the rest of its consumer.
