@@ -4,6 +4,7 @@
 //! `docs/failures.md` shows the tables to users and is tested against them.
 
 use std::fmt;
+use std::time::Duration;
 
 /// What a failure asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -103,6 +104,8 @@ pub struct Failure {
     pub code: Option<String>,
     /// For humans; never the message's body.
     pub text: String,
+    /// How long its source asked to be left alone, at the least.
+    pub retry_after: Option<Duration>,
 }
 
 impl Failure {

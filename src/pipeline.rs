@@ -108,7 +108,7 @@ pub struct Worker {
     shared: Shared,
     ledger: Ledger,
     claims: Option<Claims>,
-    handler: Box<dyn Handler>,
+    handler: Handler,
     /// Ids claimed elsewhere, each with the time to look again.
     parked: Vec<(Instant, Item)>,
     /// Deliveries whose owner gave up: theirs is the next turn.
@@ -133,12 +133,7 @@ pub struct Worker {
 impl Worker {
     /// A worker that has not begun.
     #[must_use]
-    pub fn new(
-        shared: Shared,
-        ledger: Ledger,
-        claims: Option<Claims>,
-        handler: Box<dyn Handler>,
-    ) -> Self {
+    pub fn new(shared: Shared, ledger: Ledger, claims: Option<Claims>, handler: Handler) -> Self {
         Self {
             shared,
             ledger,
@@ -281,6 +276,7 @@ impl Worker {
                         class: Class::Permanent,
                         code: None,
                         text,
+                        retry_after: None,
                     });
                     self.advance(item, Event::Unusable(reason));
                 }

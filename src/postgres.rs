@@ -47,6 +47,7 @@ impl Error {
                 class: Class::Systemic,
                 code: None,
                 text: self.to_string(),
+                retry_after: None,
             },
         }
     }
@@ -140,6 +141,7 @@ fn connect_options(config: &checked::Postgres, purpose: &str) -> Result<PgConnec
             class: Class::Systemic,
             code: None,
             text: "failed to read the PostgreSQL URL: see `ackonce check`".to_owned(),
+            retry_after: None,
         })
     })?;
     let milliseconds = |d: Duration| d.as_millis().to_string();
@@ -176,6 +178,7 @@ fn from_sqlx(error: &sqlx::Error) -> Error {
         class: class_of_sqlstate(pg.code()),
         code: Some(pg.code().to_owned()),
         text: describe(pg),
+        retry_after: None,
     };
     match pg.severity() {
         // Said while logging in, it is an answer; later, the session's end.

@@ -21,6 +21,7 @@ fn failure(class: Class, code: Option<&str>, text: &str) -> Failure {
         class,
         code: code.map(str::to_owned),
         text: text.to_owned(),
+        retry_after: None,
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::checked::{
     Binding, BindingArgument, Config, Consumer, Handler, Identity, Secret, Topology,
 };
-use super::consumer::INLINE;
+use super::handler::INLINE;
 use super::source::REDACTED;
 use super::{duration, interpolate, size};
 use crate::failure::Class;

@@ -9,7 +9,7 @@ use super::Worker;
 use super::item::Item;
 use crate::failpoint::{self, Step};
 use crate::failure::{self, Class, Failure, class_of_sqlstate};
-use crate::handler::Work;
+use crate::handler::{Handler, Work};
 use crate::ledger::{CommitError, Record};
 use crate::lifecycle::Event;
 use crate::message::{Fingerprint, MessageId};
@@ -252,7 +252,11 @@ impl Worker {
                 })
             })
             .collect();
-        self.handler.apply(self.ledger.session()?, &work)?;
+        let session = self.ledger.session()?;
+        match &mut self.handler {
+            Handler::Transactional(handler) => handler.apply(session, &work)?,
+            Handler::Keyed(_) => return Err(Error::Lost("not a transaction's".to_owned())),
+        }
         for item in items {
             item.on(Event::Succeeded);
         }

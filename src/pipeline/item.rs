@@ -104,6 +104,7 @@ impl Item {
             class: Class::Permanent,
             code: None,
             text: "another message with this id and another body is in the ledger".to_owned(),
+            retry_after: None,
         })
     }
 }
