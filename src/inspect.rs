@@ -11,6 +11,7 @@ use crate::broker::connection;
 use crate::broker::topology::{self, TopologyError};
 use crate::claim;
 use crate::config::checked;
+use crate::handler::command;
 use crate::handler::sql::SqlHandler;
 use crate::ledger::{self, Schema};
 use crate::postgres::{Error, Session};
@@ -117,15 +118,21 @@ fn postgres(config: &checked::Config, findings: &mut Findings) {
     }
     for consumer in &config.consumers {
         let subject = format!("handler of {}", consumer.name);
-        let checked::Handler::Sql(sql) = &consumer.handler;
-        match SqlHandler::new(sql) {
-            Err(error) => findings.add(&subject, Severity::Wrong, error.to_string()),
-            Ok(handler) => match handler.prepare(&mut session) {
-                Ok(()) => findings.add(&subject, Severity::Good, "every statement is understood"),
-                Err((script, error)) => {
-                    findings.add(&subject, severity_of(&error), script.to_string());
-                }
+        match &consumer.handler {
+            checked::Handler::Sql(sql) => match SqlHandler::new(sql) {
+                Err(error) => findings.add(&subject, Severity::Wrong, error.to_string()),
+                Ok(handler) => match handler.prepare(&mut session) {
+                    Ok(()) => {
+                        findings.add(&subject, Severity::Good, "every statement is understood");
+                    }
+                    Err((script, error)) => {
+                        findings.add(&subject, severity_of(&error), script.to_string());
+                    }
+                },
             },
+            checked::Handler::Command(config) => {
+                findings.add(&subject, Severity::Good, command::describe(config));
+            }
         }
     }
 }

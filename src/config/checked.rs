@@ -390,6 +390,8 @@ pub enum BindingArgument {
 pub enum Handler {
     /// `type = "sql"`: statements run in the ledger's transaction.
     Sql(SqlHandler),
+    /// `type = "command"`: a program of the user's own.
+    Command(CommandHandler),
 }
 
 /// `[consumer.handler]` with `type = "sql"`.
@@ -399,4 +401,51 @@ pub struct SqlHandler {
     pub text: String,
     /// Where they came from, for error messages: a path or `inline`.
     pub origin: String,
+}
+
+/// `[consumer.handler]` with `type = "command"`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommandHandler {
+    /// How messages reach the program.
+    pub mode: CommandMode,
+    /// Its absolute path; it was there, and executable, when this was read.
+    pub program: std::path::PathBuf,
+    /// Its arguments, the same for every message.
+    pub arguments: Vec<String>,
+    /// Absolute path of the folder it is started in.
+    pub working_directory: std::path::PathBuf,
+    /// Variables of its environment, names unique.
+    pub env: Vec<(String, Secret)>,
+    /// Variables that it has from the daemon's environment, sorted, none of
+    /// them in `env`; `None` where one is not set.
+    pub pass_env: Vec<(String, Option<Secret>)>,
+    /// Longest time for one message, after which the process group is ended.
+    pub timeout: Duration,
+    /// How long a process group that was told to end has for it.
+    pub kill_after: Duration,
+    /// Longest time to get ready, with [`CommandMode::Stream`].
+    pub start_timeout: Duration,
+}
+
+/// How messages reach a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommandMode {
+    /// A process for each message, its body on standard input.
+    Once,
+    /// A process for each worker, a line of JSON for each message.
+    Stream,
+}
+
+impl CommandMode {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Once, Self::Stream];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Once => "once",
+            Self::Stream => "stream",
+        }
+    }
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::checked::{DeadLetters, Identity, QueueType, TopologyMode};
+use super::checked::{CommandMode, DeadLetters, Identity, QueueType, TopologyMode};
 
 /// What a number or a duration is when nothing is said, and the least and most
 /// it may be.
@@ -141,6 +141,29 @@ pub const DEAD_LETTER_QUEUE_SUFFIX: &str = ".dead";
 /// Longest name of a queue or exchange and longest routing key, in bytes: an
 /// AMQP short string.
 pub const AMQP_NAME_MAX: usize = 255;
+
+/// `[consumer.handler] mode` of a command.
+pub const COMMAND_MODE: CommandMode = CommandMode::Once;
+/// `[consumer.handler] working_directory` of a command.
+pub const COMMAND_WORKING_DIRECTORY: &str = "/";
+/// `[consumer.handler] timeout` of a command.
+pub const COMMAND_TIMEOUT: Setting<Duration> = setting(ms(30 * SECOND), ms(10), ms(HOUR));
+/// `[consumer.handler] kill_after`
+pub const COMMAND_KILL_AFTER: Setting<Duration> = setting(ms(2 * SECOND), ms(0), ms(MINUTE));
+/// `[consumer.handler] start_timeout`
+pub const COMMAND_START_TIMEOUT: Setting<Duration> =
+    setting(ms(30 * SECOND), ms(10), ms(10 * MINUTE));
+/// `PATH` of a command, unless `env` or `pass_env` give another.
+pub const COMMAND_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Most elements of `[consumer.handler] argv`.
+pub const COMMAND_ARGV_MAX: usize = 256;
+/// Most bytes of `argv` and of the values of `env` and `pass_env` together: half
+/// of what Linux takes at the least.
+pub const COMMAND_TEXT_MAX: usize = 64 << 10;
+/// Most variables in `env`, and most in `pass_env`.
+pub const COMMAND_VARIABLES_MAX: usize = 256;
+/// Longest name of a variable, in characters.
+pub const COMMAND_VARIABLE_NAME_MAX: usize = 128;
 
 /// Longest configuration file, in bytes.
 pub const CONFIG_FILE_MAX: usize = 1 << 20;

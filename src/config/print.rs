@@ -6,7 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::checked::{
-    Binding, BindingArgument, Config, Consumer, Handler, Identity, Secret, Topology,
+    Binding, BindingArgument, CommandHandler, CommandMode, Config, Consumer, Handler, Identity,
+    Secret, Topology,
 };
 use super::handler::INLINE;
 use super::source::REDACTED;
@@ -118,12 +119,38 @@ impl Writer {
         self.topology(&consumer.topology);
 
         self.header("[consumer.handler]");
-        let Handler::Sql(handler) = &consumer.handler;
-        self.string("type", "sql");
-        if handler.origin == INLINE {
-            self.string("sql", &handler.text);
-        } else {
-            self.string("file", &handler.origin);
+        match &consumer.handler {
+            Handler::Sql(handler) => {
+                self.string("type", "sql");
+                if handler.origin == INLINE {
+                    self.string("sql", &handler.text);
+                } else {
+                    self.string("file", &handler.origin);
+                }
+            }
+            Handler::Command(handler) => self.command(handler),
+        }
+    }
+
+    fn command(&mut self, handler: &CommandHandler) {
+        self.string("type", "command");
+        self.string("mode", handler.mode.as_str());
+        let program = handler.program.display().to_string();
+        let argv = std::iter::once(program).chain(handler.arguments.iter().cloned());
+        self.list("argv", argv);
+        self.path("working_directory", &handler.working_directory);
+        let env: Vec<String> = handler
+            .env
+            .iter()
+            .map(|(name, value)| format!("{name} = {}", quoted(&self.hidden(value))))
+            .collect();
+        self.plain("env", format_args!("{{ {} }}", env.join(", ")));
+        let names = handler.pass_env.iter().map(|(name, _)| name.clone());
+        self.list("pass_env", names);
+        self.duration("timeout", handler.timeout);
+        self.duration("kill_after", handler.kill_after);
+        if handler.mode == CommandMode::Stream {
+            self.duration("start_timeout", handler.start_timeout);
         }
     }
 
@@ -199,12 +226,16 @@ impl Writer {
     }
 
     fn secret(&mut self, key: &str, value: &Secret) {
-        let text = if self.show_secrets {
-            value.expose()
-        } else {
-            REDACTED
-        };
-        self.string(key, text);
+        let text = self.hidden(value);
+        self.plain(key, quoted(&text));
+    }
+
+    /// A secret as it may be printed.
+    fn hidden(&self, value: &Secret) -> String {
+        match self.show_secrets {
+            true => interpolate::escape(value.expose()),
+            false => REDACTED.to_owned(),
+        }
     }
 }
 
