@@ -11,6 +11,7 @@ use crate::broker::connection;
 use crate::broker::topology::{self, TopologyError};
 use crate::claim;
 use crate::config::checked;
+use crate::handler::http::HttpHandler;
 use crate::handler::sql::SqlHandler;
 use crate::ledger::{self, Schema};
 use crate::postgres::{Error, Session};
@@ -70,7 +71,22 @@ pub fn servers(config: &checked::Config) -> Vec<Finding> {
     postgres(config, &mut findings);
     redis(config, &mut findings);
     broker(config, &mut findings);
+    receivers(config, &mut findings);
     findings.0
+}
+
+/// Connects to the receivers, and sends them nothing.
+fn receivers(config: &checked::Config, findings: &mut Findings) {
+    for consumer in &config.consumers {
+        let checked::Handler::Http(http) = &consumer.handler else {
+            continue;
+        };
+        let subject = format!("handler of {}", consumer.name);
+        match HttpHandler::probe(http) {
+            Ok(place) => findings.add(&subject, Severity::Good, format!("{place} can be reached")),
+            Err(failure) => findings.add(&subject, Severity::Unreachable, failure.text),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -116,8 +132,10 @@ fn postgres(config: &checked::Config, findings: &mut Findings) {
         Err(error) => findings.add("PostgreSQL schema", severity_of(&error), error.to_string()),
     }
     for consumer in &config.consumers {
+        let checked::Handler::Sql(sql) = &consumer.handler else {
+            continue;
+        };
         let subject = format!("handler of {}", consumer.name);
-        let checked::Handler::Sql(sql) = &consumer.handler;
         match SqlHandler::new(sql) {
             Err(error) => findings.add(&subject, Severity::Wrong, error.to_string()),
             Ok(handler) => match handler.prepare(&mut session) {

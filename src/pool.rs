@@ -78,7 +78,7 @@ impl Pool {
                 shared.clone(),
                 Ledger::new(config.postgres.clone(), &consumer.name, host, number, owner),
                 claims.next(),
-                handler::build(&consumer.handler)?,
+                handler::build(consumer)?,
             );
             spawn(&consumer.name, number, worker, panic.clone())?;
         }

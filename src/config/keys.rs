@@ -124,7 +124,25 @@ pub const BINDING: Keys = Keys {
 /// `[consumer.handler]`
 pub const HANDLER: Keys = Keys {
     title: "[consumer.handler]",
-    keys: &["type", "file", "sql"],
+    keys: &[
+        "type",
+        "file",
+        "sql",
+        "method",
+        "url",
+        "url_file",
+        "ca_file",
+        "content_type",
+        "headers",
+        "headers_file",
+        "forward_headers",
+        "key_header",
+        "key_format",
+        "signing_secrets",
+        "signing_secrets_file",
+        "connect_timeout",
+        "timeout",
+    ],
 };
 
 /// Every section.

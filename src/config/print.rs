@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::checked::{
-    Binding, BindingArgument, Config, Consumer, Handler, Identity, Secret, Topology,
+    Binding, BindingArgument, Config, Consumer, Handler, HttpHandler, Identity, Secret, Topology,
 };
 use super::handler::INLINE;
 use super::source::REDACTED;
@@ -118,13 +118,50 @@ impl Writer {
         self.topology(&consumer.topology);
 
         self.header("[consumer.handler]");
-        let Handler::Sql(handler) = &consumer.handler;
-        self.string("type", "sql");
-        if handler.origin == INLINE {
-            self.string("sql", &handler.text);
-        } else {
-            self.string("file", &handler.origin);
+        match &consumer.handler {
+            Handler::Sql(handler) => {
+                self.string("type", "sql");
+                if handler.origin == INLINE {
+                    self.string("sql", &handler.text);
+                } else {
+                    self.string("file", &handler.origin);
+                }
+            }
+            Handler::Http(handler) => self.http(handler),
         }
+    }
+
+    fn http(&mut self, handler: &HttpHandler) {
+        self.string("type", "http");
+        self.string("method", handler.method.as_str());
+        self.secret("url", &handler.url);
+        if let Some(path) = &handler.ca_file {
+            self.path("ca_file", path);
+        }
+        if let Some(content_type) = &handler.content_type {
+            self.string("content_type", content_type);
+        }
+        if !handler.headers.is_empty() {
+            let headers = handler.headers.iter();
+            let headers: Vec<String> = headers
+                .map(|(name, value)| {
+                    format!(
+                        "{} = {}",
+                        quoted(name),
+                        quoted(&interpolate::escape(self.shown(value)))
+                    )
+                })
+                .collect();
+            self.plain("headers", format_args!("{{ {} }}", headers.join(", ")));
+        }
+        self.list("forward_headers", handler.forward_headers.iter().cloned());
+        self.string("key_header", &handler.key_header);
+        self.string("key_format", handler.key_format.as_str());
+        let secrets = handler.signing_secrets.iter();
+        let secrets: Vec<String> = secrets.map(|s| self.shown(s).to_owned()).collect();
+        self.list("signing_secrets", secrets.into_iter());
+        self.duration("connect_timeout", handler.connect_timeout);
+        self.duration("timeout", handler.timeout);
     }
 
     fn topology(&mut self, topology: &Topology) {
@@ -199,12 +236,16 @@ impl Writer {
     }
 
     fn secret(&mut self, key: &str, value: &Secret) {
-        let text = if self.show_secrets {
+        let text = self.shown(value).to_owned();
+        self.string(key, &text);
+    }
+
+    fn shown<'s>(&self, value: &'s Secret) -> &'s str {
+        if self.show_secrets {
             value.expose()
         } else {
             REDACTED
-        };
-        self.string(key, text);
+        }
     }
 }
 
