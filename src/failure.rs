@@ -225,6 +225,11 @@ pub const HTTP: Table = Table {
         row("tls", Class::Systemic, "TLS failed"),
         row("timeout", Class::Transient, "connected, but no answer yet"),
         row("broken", Class::Transient, "connection lost on the way"),
+        row(
+            "header",
+            Class::Permanent,
+            "a header of the message that HTTP cannot carry",
+        ),
     ],
     other: row("", Class::Transient, "an answer that has no meaning"),
 };
@@ -279,6 +284,8 @@ pub enum HttpFailure {
     Timeout,
     /// The connection was lost before the whole answer had come.
     Broken,
+    /// The message has a header that HTTP cannot carry: nothing was sent.
+    Header,
 }
 
 impl HttpFailure {
@@ -292,6 +299,7 @@ impl HttpFailure {
             Self::Tls => "tls".to_owned(),
             Self::Timeout => "timeout".to_owned(),
             Self::Broken => "broken".to_owned(),
+            Self::Header => "header".to_owned(),
         }
     }
 
@@ -467,6 +475,7 @@ mod tests {
             (HttpFailure::Tls, Class::Systemic),
             (HttpFailure::Timeout, Class::Transient),
             (HttpFailure::Broken, Class::Transient),
+            (HttpFailure::Header, Class::Permanent),
         ] {
             assert_eq!(failure.class(), class, "{failure:?}");
             let rows = HTTP.rows.iter().filter(|row| row.code == failure.code());

@@ -392,6 +392,8 @@ pub enum Handler {
     Sql(SqlHandler),
     /// `type = "command"`: a program of the user's own.
     Command(CommandHandler),
+    /// `type = "http"`: each message is a request to one URL.
+    Http(Box<HttpHandler>),
 }
 
 /// `[consumer.handler]` with `type = "sql"`.
@@ -446,6 +448,87 @@ impl CommandMode {
         match self {
             Self::Once => "once",
             Self::Stream => "stream",
+        }
+    }
+}
+
+/// `[consumer.handler]` with `type = "http"`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpHandler {
+    /// The method of every request.
+    pub method: HttpMethod,
+    /// `http://` or `https://` URL, without user, password and fragment; secret,
+    /// since its query may hold a token.
+    pub url: Secret,
+    /// PEM file with the certificate authorities to trust instead of the
+    /// system's (`https` only).
+    pub ca_file: Option<std::path::PathBuf>,
+    /// Content type of every request; `None`: the message's own.
+    pub content_type: Option<String>,
+    /// Headers of every request, each name once; a value is visible ASCII.
+    pub headers: Vec<(String, Secret)>,
+    /// Headers of the message that its request carries.
+    pub forward_headers: Vec<String>,
+    /// Name of the header with the idempotency key.
+    pub key_header: String,
+    /// How that header's value is written.
+    pub key_format: KeyFormat,
+    /// Secrets that sign each request, in base64, the newest first; none: no
+    /// signature.
+    pub signing_secrets: Vec<Secret>,
+    /// Longest wait for name, TCP and TLS together.
+    pub connect_timeout: Duration,
+    /// Longest wait for the whole request, the connection and the answer's body
+    /// included.
+    pub timeout: Duration,
+}
+
+/// Methods that are meant to have an effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HttpMethod {
+    /// `POST`
+    Post,
+    /// `PUT`
+    Put,
+    /// `PATCH`
+    Patch,
+}
+
+impl HttpMethod {
+    /// All there are.
+    pub(super) const ALL: [Self; 3] = [Self::Post, Self::Put, Self::Patch];
+
+    /// As typed, printed and sent.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Post => "POST",
+            Self::Put => "PUT",
+            Self::Patch => "PATCH",
+        }
+    }
+}
+
+/// How the idempotency key is written into its header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyFormat {
+    /// As it is.
+    Plain,
+    /// In double quotes: a string of RFC 9651, as the IETF's draft of
+    /// `Idempotency-Key` has it.
+    Quoted,
+}
+
+impl KeyFormat {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Plain, Self::Quoted];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Quoted => "quoted",
         }
     }
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::checked::{
-    Binding, BindingArgument, CommandHandler, CommandMode, Config, Consumer, Handler, Identity,
-    Secret, Topology,
+    Binding, BindingArgument, CommandHandler, CommandMode, Config, Consumer, Handler, HttpHandler,
+    Identity, Secret, Topology,
 };
 use super::handler::INLINE;
 use super::source::REDACTED;
@@ -128,6 +128,7 @@ impl Writer {
                     self.string("file", &handler.origin);
                 }
             }
+            Handler::Http(handler) => self.http(handler),
             Handler::Command(handler) => self.command(handler),
         }
     }
@@ -139,12 +140,7 @@ impl Writer {
         let argv = std::iter::once(program).chain(handler.arguments.iter().cloned());
         self.list("argv", argv);
         self.path("working_directory", &handler.working_directory);
-        let env: Vec<String> = handler
-            .env
-            .iter()
-            .map(|(name, value)| format!("{name} = {}", quoted(&self.hidden(value))))
-            .collect();
-        self.plain("env", format_args!("{{ {} }}", env.join(", ")));
+        self.secrets("env", &handler.env);
         let names = handler.pass_env.iter().map(|(name, _)| name.clone());
         self.list("pass_env", names);
         self.duration("timeout", handler.timeout);
@@ -152,6 +148,29 @@ impl Writer {
         if handler.mode == CommandMode::Stream {
             self.duration("start_timeout", handler.start_timeout);
         }
+    }
+
+    fn http(&mut self, handler: &HttpHandler) {
+        self.string("type", "http");
+        self.string("method", handler.method.as_str());
+        self.secret("url", &handler.url);
+        if let Some(path) = &handler.ca_file {
+            self.path("ca_file", path);
+        }
+        if let Some(content_type) = &handler.content_type {
+            self.string("content_type", content_type);
+        }
+        if !handler.headers.is_empty() {
+            self.secrets("headers", &handler.headers);
+        }
+        self.list("forward_headers", handler.forward_headers.iter().cloned());
+        self.string("key_header", &handler.key_header);
+        self.string("key_format", handler.key_format.as_str());
+        let secrets = handler.signing_secrets.iter();
+        let secrets: Vec<String> = secrets.map(|s| self.shown(s).to_owned()).collect();
+        self.list("signing_secrets", secrets.into_iter());
+        self.duration("connect_timeout", handler.connect_timeout);
+        self.duration("timeout", handler.timeout);
     }
 
     fn topology(&mut self, topology: &Topology) {
@@ -226,15 +245,27 @@ impl Writer {
     }
 
     fn secret(&mut self, key: &str, value: &Secret) {
-        let text = self.hidden(value);
-        self.plain(key, quoted(&text));
+        let text = self.shown(value).to_owned();
+        self.string(key, &text);
     }
 
-    /// A secret as it may be printed.
-    fn hidden(&self, value: &Secret) -> String {
-        match self.show_secrets {
-            true => interpolate::escape(value.expose()),
-            false => REDACTED.to_owned(),
+    /// A table of them.
+    fn secrets(&mut self, key: &str, entries: &[(String, Secret)]) {
+        let entries: Vec<String> = entries
+            .iter()
+            .map(|(name, value)| {
+                let value = quoted(&interpolate::escape(self.shown(value)));
+                format!("{} = {value}", quoted(name))
+            })
+            .collect();
+        self.plain(key, format_args!("{{ {} }}", entries.join(", ")));
+    }
+
+    fn shown<'s>(&self, value: &'s Secret) -> &'s str {
+        if self.show_secrets {
+            value.expose()
+        } else {
+            REDACTED
         }
     }
 }

@@ -7,6 +7,7 @@
 //! the message's id on as an idempotency key.
 
 pub mod command;
+pub mod http;
 pub mod sql;
 
 use std::fmt;
@@ -111,6 +112,9 @@ pub enum BuildError {
     /// The statements cannot be run.
     #[error(transparent)]
     Script(#[from] sql::ScriptError),
+    /// No request can be made.
+    #[error(transparent)]
+    Http(#[from] http::SetupError),
 }
 
 /// Makes a worker's own handler.
@@ -124,5 +128,8 @@ pub fn build(consumer: &checked::Consumer) -> Result<Handler, BuildError> {
             Handler::Transactional(Box::new(sql::SqlHandler::new(config)?))
         }
         checked::Handler::Command(config) => Handler::Keyed(command::build(consumer, config)),
+        checked::Handler::Http(config) => {
+            Handler::Keyed(Box::new(http::HttpHandler::new(config, &consumer.name)?))
+        }
     })
 }

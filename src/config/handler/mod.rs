@@ -1,6 +1,7 @@
 //! `[consumer.handler]`: one part for each type.
 
 mod command;
+mod http;
 mod sql;
 
 use super::checked::Handler;
@@ -23,7 +24,7 @@ struct Type {
 }
 
 /// The types there are.
-static TYPES: [Type; 2] = [
+static TYPES: [Type; 3] = [
     Type {
         name: "sql",
         keys: sql::KEYS,
@@ -43,6 +44,16 @@ static TYPES: [Type; 2] = [
             fit: Fit::Words,
         },
         read: |section| command::handler(section).map(Handler::Command),
+    },
+    Type {
+        name: "http",
+        keys: http::KEYS,
+        codes: Codes {
+            example: "[\"409\", \"5\"]",
+            check: http::check_code,
+            fit: Fit::Beginning,
+        },
+        read: |section| Some(Handler::Http(Box::new(http::handler(section)?))),
     },
 ];
 

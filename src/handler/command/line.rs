@@ -12,6 +12,7 @@ use serde_json::ser::Formatter;
 use serde_json::{Map, Value};
 
 use super::words::{harmless, shortened};
+use crate::config::defaults::RETRY_AFTER_MAX;
 use crate::failure::{Class, Failure};
 use crate::handler::Work;
 use crate::identity::idempotency_key;
@@ -19,9 +20,6 @@ use crate::message::Message;
 
 /// Longest line of a program, in bytes, its end included.
 pub(super) const LINE_MAX: usize = 64 << 10;
-
-/// Longest wait that a program can ask for.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60 * 60);
 
 /// Longest `error` of an answer, in characters: the journal keeps 2,000.
 const ERROR_CHARS: usize = 1_900;
