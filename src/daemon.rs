@@ -57,7 +57,7 @@ pub enum Fatal {
 pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
     let host = host();
     for consumer in &config.consumers {
-        handler::build(&consumer.handler).map_err(|e| Fatal::Config(e.to_string()))?;
+        handler::build(consumer).map_err(|e| Fatal::Config(e.to_string()))?;
     }
     if !prepare_schema(config, stop)? {
         return Ok(());

@@ -39,8 +39,8 @@ use crate::random;
 use crate::stop::Stop;
 
 pub use item::Item;
-pub use keyed::Foreman;
 use item::usable_id;
+pub use keyed::Foreman;
 use verdict::Verdict;
 
 /// Most body bytes in one transaction; a single larger message stands alone.

@@ -74,12 +74,11 @@ impl Pool {
         let renewal = renewal(config, consumer, &claims)?;
         let mut claims = claims.into_iter();
         let owner = random::draw();
-        let ledger = |number| {
-            Ledger::new(config.postgres.clone(), &consumer.name, host, number, owner)
-        };
+        let ledger =
+            |number| Ledger::new(config.postgres.clone(), &consumer.name, host, number, owner);
         let mut keyed = Vec::new();
         for number in 1..=consumer.workers {
-            let handler = match handler::build(&consumer.handler)? {
+            let handler = match handler::build(consumer)? {
                 Handler::Transactional(handler) => handler,
                 Handler::Keyed(handler) => {
                     keyed.push(handler);
@@ -88,7 +87,12 @@ impl Pool {
             };
             let hands = Hands::Own(handler);
             let worker = Worker::new(shared.clone(), ledger(number), claims.next(), hands);
-            spawn(&consumer.name, &number.to_string(), || worker.run(), panic.clone())?;
+            spawn(
+                &consumer.name,
+                &number.to_string(),
+                || worker.run(),
+                panic.clone(),
+            )?;
         }
         if !keyed.is_empty() {
             let ledgers = [ledger(0), ledger(0)];

@@ -45,6 +45,11 @@ impl<'r> Reader<'r> {
         self.findings.borrow_mut().push(finding);
     }
 
+    /// The environment variable `name`, where it is set, and text.
+    pub(super) fn variable(&self, name: &str) -> Option<String> {
+        (self.env)(name)
+    }
+
     pub(super) fn has_findings(&self) -> bool {
         !self.findings.borrow().is_empty()
     }

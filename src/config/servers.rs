@@ -45,7 +45,7 @@ pub(super) fn broker(root: &Section<'_>) -> Option<Broker> {
     })
 }
 
-fn certificate_file(section: &Section<'_>, path: &str) -> Result<PathBuf, Complaint> {
+pub(super) fn certificate_file(section: &Section<'_>, path: &str) -> Result<PathBuf, Complaint> {
     let path = files::resolve(section.reader.folder, path);
     let text = files::read_text(&path, defaults::CA_FILE_MAX)
         .map_err(|unreadable| unreadable.complaint(&path))?;
@@ -172,7 +172,10 @@ pub(super) fn daemon(root: &Section<'_>) -> Daemon {
 }
 
 /// The URL from `url` or from the file that `url_file` names.
-fn url(section: &Section<'_>, check: fn(&str) -> Result<(), Complaint>) -> Option<Secret> {
+pub(super) fn url(
+    section: &Section<'_>,
+    check: fn(&str) -> Result<(), Complaint>,
+) -> Option<Secret> {
     if section.has("url") {
         section.reader.source.hide(section.span_of("url"));
     }

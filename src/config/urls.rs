@@ -116,6 +116,32 @@ pub(super) fn check_postgres(text: &str) -> Result<(), Complaint> {
     Ok(())
 }
 
+/// `http://` and `https://`, of a fixed receiver.
+pub(super) fn check_http(text: &str) -> Result<(), Complaint> {
+    const EXAMPLE: &str = "write it like https://HOST/PATH";
+    let url = parse(text, &["http", "https"], EXAMPLE)?;
+    require_host(&url, EXAMPLE)?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(Complaint::new(
+            "has a user name or a password in it",
+            "put a line such as Authorization: Basic … into the file of `headers_file`",
+        ));
+    }
+    if url.fragment().is_some() {
+        return Err(Complaint::new(
+            "has a part after `#`",
+            "no receiver sees it: leave it out, or write a # as %23",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether an HTTP URL asks for TLS.
+pub(super) fn is_https(text: &str) -> bool {
+    text.get(..6)
+        .is_some_and(|scheme| scheme.eq_ignore_ascii_case("https:"))
+}
+
 /// Whether an AMQP URL asks for TLS.
 pub(super) fn is_tls(text: &str) -> bool {
     text.get(..6)

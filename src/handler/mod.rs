@@ -6,6 +6,8 @@
 //! [`Keyed`] works on something that cannot share that transaction, and hands
 //! the message's id on as an idempotency key.
 
+pub mod command;
+pub mod http;
 pub mod sql;
 
 use std::fmt;
@@ -104,16 +106,30 @@ pub trait Keyed: Send {
     fn apply(&mut self, work: &Work<'_>, cancelled: &Stop) -> Result<(), Failure>;
 }
 
+/// Why there can be no handler, in words for the author of the configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The statements cannot be run.
+    #[error(transparent)]
+    Script(#[from] sql::ScriptError),
+    /// No request can be made.
+    #[error(transparent)]
+    Http(#[from] http::SetupError),
+}
+
 /// Makes a worker's own handler.
 ///
 /// # Errors
 ///
 /// When the configuration cannot be run, in words for its author.
-pub fn build(config: &checked::Handler) -> Result<Handler, sql::ScriptError> {
-    match config {
+pub fn build(consumer: &checked::Consumer) -> Result<Handler, BuildError> {
+    Ok(match &consumer.handler {
         checked::Handler::Sql(config) => {
-            let handler = sql::SqlHandler::new(config)?;
-            Ok(Handler::Transactional(Box::new(handler)))
+            Handler::Transactional(Box::new(sql::SqlHandler::new(config)?))
         }
-    }
+        checked::Handler::Command(config) => Handler::Keyed(command::build(consumer, config)),
+        checked::Handler::Http(config) => {
+            Handler::Keyed(Box::new(http::HttpHandler::new(config, &consumer.name)?))
+        }
+    })
 }

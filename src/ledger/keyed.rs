@@ -146,11 +146,7 @@ impl Ledger {
     /// # Errors
     ///
     /// When they are not renewed, or that is not known.
-    pub fn renew(
-        &mut self,
-        held: &[Held<'_>],
-        lease: Duration,
-    ) -> Result<HashSet<String>, Error> {
+    pub fn renew(&mut self, held: &[Held<'_>], lease: Duration) -> Result<HashSet<String>, Error> {
         self.connect()?;
         self.forgetting(|session, registration| {
             let consumer_id = registration.consumer_id;
@@ -241,8 +237,7 @@ const RENEW: &str = concat!(
      RETURNING claim.message_id"
 );
 
-type Scalar<'q> =
-    sqlx::query::QueryScalar<'q, sqlx::Postgres, String, sqlx::postgres::PgArguments>;
+type Scalar<'q> = sqlx::query::QueryScalar<'q, sqlx::Postgres, String, sqlx::postgres::PgArguments>;
 
 fn with_held(statement: &'static str, consumer_id: i16, held: &[Held<'_>]) -> Scalar<'static> {
     let ids: Vec<String> = held.iter().map(|(id, _)| id.as_str().to_owned()).collect();

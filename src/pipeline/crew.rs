@@ -3,6 +3,7 @@
 //! of it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -36,7 +37,10 @@ pub(super) struct Crew {
     pub(super) answers: Receiver<Answer>,
     /// How many threads there are.
     pub(super) size: usize,
-    #[expect(dead_code, reason = "held so that `answers` waits when all threads have ended")]
+    #[expect(
+        dead_code,
+        reason = "held so that `answers` waits when all threads have ended"
+    )]
     answer: Sender<Answer>,
 }
 
@@ -49,7 +53,7 @@ impl Crew {
     ///
     /// When a thread cannot be started.
     pub(super) fn start(
-        consumer: &checked::Consumer,
+        consumer: &Arc<checked::Consumer>,
         handlers: Vec<Box<dyn Keyed>>,
         most: usize,
         panicked: &Sender<()>,
@@ -62,7 +66,7 @@ impl Crew {
             let caller = Caller {
                 number,
                 handler,
-                config: consumer.handler.clone(),
+                consumer: Arc::clone(consumer),
                 calls: uncalled.clone(),
                 answers: answer.clone(),
             };
@@ -77,7 +81,10 @@ impl Crew {
                     }
                 })
                 .with_context(|| {
-                    format!("failed to start worker {number} of consumer {}", consumer.name)
+                    format!(
+                        "failed to start worker {number} of consumer {}",
+                        consumer.name
+                    )
                 })?;
         }
         Ok(Self {
@@ -93,7 +100,7 @@ impl Crew {
 struct Caller {
     number: usize,
     handler: Box<dyn Keyed>,
-    config: checked::Handler,
+    consumer: Arc<checked::Consumer>,
     calls: Receiver<Box<Item>>,
     answers: Sender<Answer>,
 }
@@ -144,7 +151,7 @@ impl Caller {
             return Some(Outcome::Returned(result));
         }
         // What it left behind may be broken.
-        let Ok(Handler::Keyed(handler)) = handler::build(&self.config) else {
+        let Ok(Handler::Keyed(handler)) = handler::build(&self.consumer) else {
             return None;
         };
         self.handler = handler;

@@ -51,7 +51,9 @@ impl Rest {
     }
 
     fn left(&self) -> Duration {
-        let until = self.until.map(|at| at.saturating_duration_since(Instant::now()));
+        let until = self
+            .until
+            .map(|at| at.saturating_duration_since(Instant::now()));
         until.unwrap_or_default()
     }
 
@@ -283,7 +285,10 @@ impl Foreman {
         let stopping = stop
             .is_set()
             .then(|| stop.left_of(self.worker.shared.shutdown_timeout));
-        let due = [parked, ledger, world, stopping].into_iter().flatten().min();
+        let due = [parked, ledger, world, stopping]
+            .into_iter()
+            .flatten()
+            .min();
         due.unwrap_or(IDLE).min(IDLE)
     }
 
@@ -603,9 +608,14 @@ impl Foreman {
             self.world_rest = Rest::default();
             self.worker.open_gate();
         }
-        let is_done = |item: &Item| item.id.as_ref().is_some_and(|id| done.contains(id.as_str()));
-        let (ours, late): (Vec<Item>, Vec<Item>) =
-            std::mem::take(&mut self.called).into_iter().partition(is_done);
+        let is_done = |item: &Item| {
+            item.id
+                .as_ref()
+                .is_some_and(|id| done.contains(id.as_str()))
+        };
+        let (ours, late): (Vec<Item>, Vec<Item>) = std::mem::take(&mut self.called)
+            .into_iter()
+            .partition(is_done);
         self.called = late;
         for mut item in ours {
             item.marked = false;
@@ -696,7 +706,11 @@ impl Foreman {
     /// Ends the renewal of claims in Redis that no message in hand has.
     fn finish_tokens(&mut self) {
         let worker = &mut self.worker;
-        let held = self.unclaimed.iter().chain(&self.waiting).chain(&self.alone);
+        let held = self
+            .unclaimed
+            .iter()
+            .chain(&self.waiting)
+            .chain(&self.alone);
         let held: Vec<&Token> = held
             .chain(&self.called)
             .chain(&worker.again)

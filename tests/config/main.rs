@@ -160,7 +160,9 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
     );
     assert_eq!(topology.dead_letter_exchange, "orders.dlx");
     assert_eq!(topology.dead_letter_queue, "orders.dead");
-    let Handler::Sql(handler) = &consumer.handler;
+    let Handler::Sql(handler) = &consumer.handler else {
+        panic!("a handler of type sql");
+    };
     assert!(handler.text.contains("INSERT INTO orders"));
     assert!(handler.origin.ends_with("sql/examples/orders.sql"));
 }
@@ -501,7 +503,9 @@ fn a_handler_file_is_read_from_the_configurations_folder() {
     std::fs::remove_dir(&sql).unwrap();
     std::fs::write(&sql, "SELECT '${X}'").unwrap();
     let config = config::load(&path).unwrap();
-    let Handler::Sql(handler) = &config.consumers[0].handler;
+    let Handler::Sql(handler) = &config.consumers[0].handler else {
+        panic!("a handler of type sql");
+    };
     assert_eq!(handler.text, "SELECT '${X}'");
 }
 
