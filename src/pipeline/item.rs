@@ -28,7 +28,7 @@ pub struct Item {
     /// Why it is dead-lettered.
     pub(super) reason: Option<DeadReason>,
     /// Whose its claim in the ledger is, or was to be; of a keyed handler.
-    pub(super) owner: Option<Owner>,
+    pub(super) fence: Option<Owner>,
     /// That claim, where it is known to be made.
     pub(super) lease: Option<Lease>,
     /// Which thread of the crew called the handler.
@@ -65,7 +65,7 @@ impl Item {
             token: None,
             failure: None,
             reason: None,
-            owner: None,
+            fence: None,
             lease: None,
             worker: None,
             sent_at: 0,
@@ -102,7 +102,7 @@ impl Item {
 
     /// Ends the renewal of its claim in the ledger, which is not ours any more.
     pub(super) fn forget_lease(&mut self) {
-        self.owner = None;
+        self.fence = None;
         self.lease = None;
     }
 

@@ -159,11 +159,6 @@ impl Leases {
             shelf: Arc::clone(&self.0),
         }
     }
-
-    /// Claims lost so far while their handler ran.
-    pub(super) fn lost(&self) -> u64 {
-        self.0.lost.load(Ordering::Relaxed)
-    }
 }
 
 impl Shelf {

@@ -58,7 +58,7 @@ impl Worker {
                     }
                 }
                 Action::Surrender => {
-                    if let (Some(owner), Some(id)) = (item.owner, &item.id) {
+                    if let (Some(owner), Some(id)) = (item.fence, &item.id) {
                         self.verdict.surrendered.push((id.clone(), owner));
                     }
                 }
@@ -255,7 +255,7 @@ impl Worker {
             if let State::Journaling(reason) = item.state {
                 item.reason = Some(reason);
             }
-            if event == Event::Journaled && item.owner.is_some() {
+            if event == Event::Journaled && item.fence.is_some() {
                 item.forget_lease();
                 let id = item.id.as_ref().map_or("", MessageId::as_str);
                 if !kept.contains(id) {
@@ -276,7 +276,7 @@ impl Worker {
     fn write_journal(&mut self, failed: &[Item]) -> Result<HashSet<String>, Error> {
         let claims: Vec<(&MessageId, Owner)> = failed
             .iter()
-            .filter_map(|item| Some((item.id.as_ref()?, item.owner?)))
+            .filter_map(|item| Some((item.id.as_ref()?, item.fence?)))
             .collect();
         if claims.is_empty() {
             self.write_entries(failed.iter())?;
@@ -286,7 +286,7 @@ impl Worker {
         let written = self.ledger.surrender(&claims).and_then(|kept| {
             let counts = |item: &&Item| {
                 let id = item.id.as_ref().map_or("", MessageId::as_str);
-                item.owner.is_none() || kept.contains(id)
+                item.fence.is_none() || kept.contains(id)
             };
             self.write_entries(failed.iter().filter(counts))?;
             Ok(kept)
