@@ -52,11 +52,17 @@ fn two_daemons_call_a_message_once_though_it_takes_longer_than_the_lease() {
     }
 }
 
+/// With a message in its hands, a daemon gets no other: what is sent while it
+/// stands still goes to the next.
+fn one_by_one(stage: &Stage) -> Consumer {
+    stage.consumer().set("prefetch", 1).set("batch_max", 1)
+}
+
 #[test]
 fn a_daemon_that_outlives_its_lease_is_taken_over_from_and_can_complete_nothing() {
     let stage = Stage::new();
     let world = &stage.world;
-    let config = stage.config();
+    let config = stage.with(one_by_one(&stage));
     world.prepare(&config);
     let gate = world.gate();
     let late = world.daemon(&config).pauses_at("called", 1, &gate).start();
@@ -93,7 +99,7 @@ fn a_daemon_that_outlives_its_lease_is_taken_over_from_and_can_complete_nothing(
 fn a_failure_that_comes_after_the_lease_does_not_count() {
     let stage = Stage::new();
     let world = &stage.world;
-    let config = stage.with(stage.consumer().max_attempts(1));
+    let config = stage.with(one_by_one(&stage).max_attempts(1));
     world.prepare(&config);
     stage.hold("m");
     let late = world.run(&config);
@@ -205,7 +211,7 @@ fn a_broken_world_pauses_the_consumer_and_costs_no_attempt() {
     for id in &ids {
         stage.send_failing(id, 78);
     }
-    daemon.wait_for_log(&["paused", "program"]);
+    daemon.wait_for_log(&["paused", "told to", "code=78"]);
     eventually("what it holds is given back", || {
         stage.world.broker.ready(ORDERS) >= 18
     });
@@ -384,6 +390,7 @@ fn a_handler_that_panics_has_failed_and_no_more() {
     let stage = Stage::new();
     let config = stage.with(stage.consumer().max_attempts(2).backoff(&["50ms"]));
     let daemon = stage.world.daemon(&config).panics_of("poison").start();
+    daemon.wait_until_consuming();
     stage
         .world
         .broker
