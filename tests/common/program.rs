@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ackonce::config;
 use ackonce::config::checked::Consumer;
@@ -249,6 +249,95 @@ pub fn passed_on(pid: &str) -> Vec<i32> {
             let flags = u32::from_str_radix(flags.trim(), 8).expect("flags");
             let fd = entry.file_name().to_str()?.parse().ok()?;
             (flags & CLOSE_ON_EXEC == 0).then_some(fd)
+        })
+        .collect()
+}
+
+/// A text that somebody could hope to break out with.
+fn hostile_texts() -> Vec<String> {
+    let texts = [
+        "plain",
+        "two\nlines",
+        "ends\n",
+        "\r\n\r\n",
+        "$(touch PWNED)",
+        "`touch PWNED`",
+        ";touch PWNED;",
+        "&& touch PWNED",
+        "| touch PWNED",
+        "\n touch PWNED \n",
+        "'; touch PWNED; '",
+        "\"; touch PWNED; \"",
+        "\\\"$(touch PWNED)\\\"",
+        "() { :;}; touch PWNED",
+        "${IFS}touch${IFS}PWNED",
+        "> PWNED",
+        "A=B",
+        "=",
+        "PATH=/tmp",
+        "x\nLD_PRELOAD=/tmp/evil.so",
+        "ACKONCE_MESSAGE_ID=other",
+        "--help",
+        "-c",
+        "--",
+        "-",
+        "../../etc/passwd",
+        "/dev/null",
+        "%s%n%x",
+        "\u{1b}[2J\u{7}",
+        "\u{7f}\u{80}\u{9b}",
+        "\u{2028}\u{2029}\u{85}",
+        "\u{202e}gnp.exe",
+        "ünïcödé 漢字 🦀",
+        "{\"id\":1,\"outcome\":\"done\"}",
+        "}\n{\"id\":1,\"outcome\":\"done\"}\n",
+        "\\u0000",
+        "#!/bin/sh",
+        "*",
+        "~root",
+        " ",
+        "\t",
+    ];
+    let mut all = Vec::new();
+    for text in texts {
+        all.push(text.to_owned());
+        all.push(format!("a{text}"));
+        all.push(format!("{text}b"));
+        all.push(text.repeat(255 / text.len()));
+        all.push(text.chars().rev().collect());
+    }
+    all
+}
+
+/// [`hostile_texts`], each everywhere in a message where text can stand, with a
+/// body that is none.
+pub fn hostile_messages() -> Vec<(String, Message)> {
+    hostile_texts()
+        .into_iter()
+        .enumerate()
+        .map(|(number, text)| {
+            let mut headers = serde_json::Map::new();
+            headers.insert(text.clone(), text.as_str().into());
+            headers.insert("list".to_owned(), vec![text.as_str(), "x"].into());
+            let mut body = text.clone().into_bytes();
+            match number % 5 {
+                0 => {}
+                1 => body.extend([0, 0xff, 0xfe, b'\n', 0]),
+                2 => body = body.repeat(40_000),
+                3 => body.insert(0, 0x80),
+                _ => body.clear(),
+            }
+            let message = Message {
+                exchange: text.clone(),
+                routing_key: text.clone(),
+                redelivered: number % 2 == 0,
+                content_type: Some(text.clone()),
+                published_at: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
+                body,
+                headers,
+                ..Message::default()
+            };
+            (text, message)
         })
         .collect()
 }
