@@ -93,6 +93,13 @@ impl Consumer {
         self.set("handler.type", "sql").set("handler.sql", text)
     }
 
+    /// A handler of type `kind`, in place of the one there is.
+    #[must_use]
+    pub fn handler(mut self, kind: &str) -> Self {
+        self.table.remove("handler");
+        self.set("handler.type", kind)
+    }
+
     /// Attempts before a message is dead-lettered.
     #[must_use]
     pub fn max_attempts(self, attempts: u32) -> Self {
