@@ -12,6 +12,7 @@ use ackonce::failure::{Class, Overrides};
 use tempfile::TempDir;
 
 mod display;
+mod http;
 mod mistakes;
 mod properties;
 
