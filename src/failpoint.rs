@@ -22,6 +22,12 @@ pub enum Step {
     Applied,
     /// COMMIT has returned.
     Committed,
+    /// The claims of a keyed handler stand in the ledger, committed.
+    Leased,
+    /// A keyed handler has succeeded, and nobody knows yet.
+    Called,
+    /// The claims have become ledger rows, committed.
+    Done,
     /// Redis has been told that the ids are done.
     Marked,
     /// The broker connection has been told.
