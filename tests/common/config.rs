@@ -93,6 +93,13 @@ impl Consumer {
         self.set("handler.type", "sql").set("handler.sql", text)
     }
 
+    /// Handler of type `http` that sends to `url`.
+    #[must_use]
+    pub fn http(mut self, url: &str) -> Self {
+        self.table.remove("handler");
+        self.set("handler.type", "http").set("handler.url", url)
+    }
+
     /// Attempts before a message is dead-lettered.
     #[must_use]
     pub fn max_attempts(self, attempts: u32) -> Self {

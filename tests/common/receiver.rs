@@ -76,6 +76,7 @@ struct State {
     applied: Mutex<BTreeMap<String, usize>>,
     connections: AtomicUsize,
     open: AtomicUsize,
+    sockets: Mutex<Vec<TcpStream>>,
     deaf: AtomicBool,
     closing: AtomicBool,
 }
@@ -84,7 +85,8 @@ struct State {
 pub struct Receiver {
     address: SocketAddr,
     state: Arc<State>,
-    tls: bool,
+    tls: Option<Arc<ServerConfig>>,
+    script: Arc<Mutex<Script>>,
     acceptor: Option<JoinHandle<()>>,
 }
 
@@ -109,17 +111,28 @@ impl Receiver {
 
     fn start(tls: Option<Arc<ServerConfig>>, script: Script) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = listener.local_addr().expect("an address");
-        let state = Arc::new(State::default());
-        let script = Arc::new(Mutex::new(script));
-        let shared = Arc::clone(&state);
-        let is_tls = tls.is_some();
+        let mut receiver = Self {
+            address: listener.local_addr().expect("an address"),
+            state: Arc::default(),
+            tls,
+            script: Arc::new(Mutex::new(script)),
+            acceptor: None,
+        };
+        receiver.listen(listener);
+        receiver
+    }
+
+    fn listen(&mut self, listener: TcpListener) {
+        let (state, script) = (Arc::clone(&self.state), Arc::clone(&self.script));
+        let tls = self.tls.clone();
         let acceptor = std::thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                if shared.closing.load(SeqCst) {
+                if state.closing.load(SeqCst) {
                     return;
                 }
-                let (state, script, tls) = (Arc::clone(&shared), Arc::clone(&script), tls.clone());
+                let socket = stream.try_clone().expect("a socket");
+                state.sockets.lock().expect("sockets").push(socket);
+                let (state, script, tls) = (Arc::clone(&state), Arc::clone(&script), tls.clone());
                 std::thread::spawn(move || {
                     state.open.fetch_add(1, SeqCst);
                     // A client that goes away is its own affair.
@@ -128,17 +141,33 @@ impl Receiver {
                 });
             }
         });
-        Self {
-            address,
-            state,
-            tls: is_tls,
-            acceptor: Some(acceptor),
+        self.acceptor = Some(acceptor);
+    }
+
+    /// Closes its port and every connection.
+    pub fn go_down(&mut self) {
+        self.state.closing.store(true, SeqCst);
+        // Wakes the acceptor, which then ends.
+        drop(TcpStream::connect(self.address));
+        if let Some(acceptor) = self.acceptor.take() {
+            drop(acceptor.join());
         }
+        for socket in self.state.sockets.lock().expect("sockets").drain(..) {
+            // It may be closed already.
+            socket.shutdown(Shutdown::Both).ok();
+        }
+    }
+
+    /// Opens its port again.
+    pub fn come_up(&mut self) {
+        self.state.closing.store(false, SeqCst);
+        let listener = TcpListener::bind(self.address).expect("the same port");
+        self.listen(listener);
     }
 
     /// Its URL, with the path `/orders?x=1`.
     pub fn url(&self) -> String {
-        let scheme = if self.tls { "https" } else { "http" };
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}/orders?x=1", self.address)
     }
 
@@ -187,11 +216,8 @@ impl Receiver {
 
 impl Drop for Receiver {
     fn drop(&mut self) {
-        self.state.closing.store(true, SeqCst);
-        // Wakes the acceptor, which then ends.
-        drop(TcpStream::connect(self.address));
-        if let Some(acceptor) = self.acceptor.take() {
-            drop(acceptor.join());
+        if self.acceptor.is_some() {
+            self.go_down();
         }
     }
 }
