@@ -516,7 +516,8 @@ pub struct HttpHandler {
     pub ca_file: Option<std::path::PathBuf>,
     /// Content type of every request; `None`: the message's own.
     pub content_type: Option<String>,
-    /// Headers of every request, each name once; a value is visible ASCII.
+    /// Headers of every request, sorted, each name once; a value is visible
+    /// ASCII.
     pub headers: Vec<(String, Secret)>,
     /// Headers of the message that its request carries.
     pub forward_headers: Vec<String>,

@@ -9,6 +9,7 @@
     reason = "each test binary uses its own part, and a broken stage is a failed test"
 )]
 
+mod authority;
 mod broker;
 mod config;
 mod daemon;
@@ -18,16 +19,19 @@ mod management;
 pub mod program;
 mod proxy;
 pub mod raw;
+mod receiver;
 mod redis;
 mod wait;
 mod world;
 
+pub use authority::Authority;
 pub use broker::{Broker, Dead, Msg, numbered, numbered_ids};
 pub use config::{Config, Consumer};
 pub use daemon::{Daemon, Gate, run_ackonce};
 pub use database::{Database, Failure};
 pub use management::Management;
 pub use proxy::{Cut, Proxy};
+pub use receiver::{Answer, Receiver, Request};
 pub use redis::Redis;
 pub use wait::{DEADLINE, eventually, try_eventually};
 pub use world::World;

@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 mod command;
 mod display;
+mod http;
 mod mistakes;
 mod properties;
 
