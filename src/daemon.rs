@@ -57,7 +57,11 @@ pub enum Fatal {
 pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
     let host = host();
     for consumer in &config.consumers {
-        handler::build(consumer).map_err(|e| Fatal::Config(e.to_string()))?;
+        let handler = handler::build(consumer).map_err(|e| Fatal::Config(e.to_string()))?;
+        log::info!(
+            consumer = consumer.name.as_str(), handler = handler.kind(), effect:% = handler.effect();
+            "handles messages"
+        );
     }
     if !prepare_schema(config, stop)? {
         return Ok(());

@@ -79,6 +79,10 @@ pub fn servers(config: &checked::Config) -> Vec<Finding> {
 /// Connects to the receivers, and sends them nothing; starts no program.
 fn receivers(config: &checked::Config, findings: &mut Findings) {
     for consumer in &config.consumers {
+        let effect = consumer.handler.effect();
+        let subject = format!("effect of {}", consumer.name);
+        let text = format!("{effect}: {}", effect.promise());
+        findings.add(&subject, Severity::Good, text);
         let subject = format!("handler of {}", consumer.name);
         match &consumer.handler {
             checked::Handler::Sql(_) => {}
@@ -242,6 +246,8 @@ fn postgres_schema(
              ('ackonce.failure', 'INSERT'), ('ackonce.failure', 'DELETE'), \
              ('ackonce.suspect', 'SELECT'), ('ackonce.suspect', 'INSERT'), \
              ('ackonce.suspect', 'UPDATE'), ('ackonce.suspect', 'DELETE'), \
+             ('ackonce.claim', 'SELECT'), ('ackonce.claim', 'INSERT'), \
+             ('ackonce.claim', 'UPDATE'), ('ackonce.claim', 'DELETE'), \
              ('ackonce.sweep', 'SELECT'), ('ackonce.sweep', 'INSERT'), \
              ('ackonce.sweep', 'UPDATE'), ('ackonce.instance', 'SELECT'), \
              ('ackonce.consumer', 'SELECT'), ('ackonce.consumer', 'INSERT'), \

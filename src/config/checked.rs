@@ -396,6 +396,57 @@ pub enum Handler {
     Http(Box<HttpHandler>),
 }
 
+impl Handler {
+    /// What its effect can promise: its type alone says so.
+    #[must_use]
+    pub fn effect(&self) -> Effect {
+        match self {
+            Self::Sql(_) => Effect::Transactional,
+            Self::Command(_) | Self::Http(_) => Effect::Keyed,
+        }
+    }
+}
+
+/// What a handler's effect can promise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Exactly once within the ledger's retention.
+    Transactional,
+    /// At least once, and exactly once where the receiver honours the key.
+    Keyed,
+}
+
+impl Effect {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Transactional, Self::Keyed];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Transactional => "transactional",
+            Self::Keyed => "keyed",
+        }
+    }
+
+    /// The promise in words.
+    #[must_use]
+    pub fn promise(self) -> &'static str {
+        match self {
+            Self::Transactional => "exactly once within the retention",
+            Self::Keyed => {
+                "at least once, and exactly once where the receiver honours the idempotency key"
+            }
+        }
+    }
+}
+
+impl fmt::Display for Effect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// `[consumer.handler]` with `type = "sql"`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SqlHandler {

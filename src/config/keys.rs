@@ -128,6 +128,7 @@ pub const HANDLER: Keys = Keys {
     title: "[consumer.handler]",
     keys: &[
         "type",
+        "effect",
         "file",
         "sql",
         "method",

@@ -119,6 +119,7 @@ impl Writer {
         self.topology(&consumer.topology);
 
         self.header("[consumer.handler]");
+        self.string("effect", consumer.handler.effect().as_str());
         match &consumer.handler {
             Handler::Sql(handler) => {
                 self.string("type", "sql");

@@ -10,13 +10,13 @@ pub mod command;
 pub mod http;
 pub mod sql;
 
-use std::fmt;
-
 use crate::config::checked;
 use crate::failure::Failure;
 use crate::message::{Message, MessageId};
 use crate::postgres::{Error, Session};
 use crate::stop::Stop;
+
+pub use crate::config::checked::Effect;
 
 /// One fresh message for a handler.
 #[derive(Debug, Clone, Copy)]
@@ -27,24 +27,6 @@ pub struct Work<'a> {
     pub message: &'a Message,
     /// Which try this is, from 1.
     pub attempt: u32,
-}
-
-/// What a handler's effect can promise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Effect {
-    /// Exactly once within the ledger's retention.
-    Transactional,
-    /// At least once, and exactly once where the receiver honours the key.
-    Keyed,
-}
-
-impl fmt::Display for Effect {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Transactional => "transactional",
-            Self::Keyed => "keyed",
-        })
-    }
 }
 
 /// A worker's own handler, of either kind.

@@ -424,9 +424,14 @@ impl Worker {
     fn in_public<'a>(&self, failure: &'a Failure) -> &'a str {
         // A code that the configuration alone calls systemic may be about one.
         let code = failure.code.as_deref();
-        let of_the_world = code.is_none_or(|code| class_of_sqlstate(code) == Class::Systemic);
+        let of_the_world = |code: &str| match &self.hands {
+            Hands::Own(_) => class_of_sqlstate(code) == Class::Systemic,
+            Hands::Crew(_) => self.shared.consumer.failures.class_of(code).is_none(),
+        };
         match failure.class {
-            Class::Systemic if of_the_world => failure.text.as_str(),
+            Class::Systemic if code.is_none_or(of_the_world) => {
+                failure.text.lines().next().unwrap_or_default()
+            }
             _ => "attempts fail, see the failure journal",
         }
     }

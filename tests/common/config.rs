@@ -93,11 +93,11 @@ impl Consumer {
         self.set("handler.type", "sql").set("handler.sql", text)
     }
 
-    /// Handler of type `http` that sends to `url`.
+    /// A handler of type `kind`, in place of the one there is.
     #[must_use]
-    pub fn http(mut self, url: &str) -> Self {
+    pub fn handler(mut self, kind: &str) -> Self {
         self.table.remove("handler");
-        self.set("handler.type", "http").set("handler.url", url)
+        self.set("handler.type", kind)
     }
 
     /// Attempts before a message is dead-lettered.

@@ -4,7 +4,7 @@ mod command;
 mod http;
 mod sql;
 
-use super::checked::Handler;
+use super::checked::{Effect, Handler};
 use super::error::{Complaint, shown};
 use super::keys;
 use super::reader::Section;
@@ -83,7 +83,29 @@ pub(super) fn handler(consumer: &Section<'_>) -> (Option<Handler>, &'static Code
         return (None, &ANY_CODES);
     };
     refuse_foreign_keys(&section, kind);
-    ((kind.read)(&section), &kind.codes)
+    let handler = (kind.read)(&section);
+    if let Some(handler) = &handler {
+        check_effect(&section, kind, handler.effect());
+    }
+    (handler, &kind.codes)
+}
+
+/// The type alone says what the effect can promise. Who writes it down wants to
+/// hear when that changes.
+fn check_effect(section: &Section<'_>, kind: &Type, effect: Effect) {
+    section
+        .text("effect")
+        .then(|text| {
+            let wanted = keys::one_of(&text, &Effect::ALL, Effect::as_str)?;
+            match wanted == effect {
+                true => Ok(()),
+                false => Err(Complaint::new(
+                    format!("cannot be {} with type {}", shown(&text), shown(kind.name)),
+                    format!("it is \"{effect}\": {}", effect.promise()),
+                )),
+            }
+        })
+        .optional();
 }
 
 fn unknown_type(kind: &str, names: &[&str]) -> Complaint {
@@ -97,7 +119,7 @@ fn unknown_type(kind: &str, names: &[&str]) -> Complaint {
 /// A key of another type would be read by nobody.
 fn refuse_foreign_keys(section: &Section<'_>, kind: &Type) {
     for key in keys::HANDLER.keys.iter().copied() {
-        if !section.has(key) || key == "type" || kind.keys.contains(&key) {
+        if !section.has(key) || ["type", "effect"].contains(&key) || kind.keys.contains(&key) {
             continue;
         }
         let owners: Vec<&str> = TYPES

@@ -173,17 +173,18 @@ impl Foreman {
         let found = self.worker.ledger.find(&ids)?;
         for mut item in std::mem::take(&mut self.called) {
             let id = item.id.as_ref().map_or("", MessageId::as_str);
+            log::warn!(
+                consumer = self.worker.shared.consumer.name.as_str(), message_id = id,
+                in_ledger = found.contains_key(id);
+                "a handler came back when its claim was not ours any more: what it says does not \
+                 count"
+            );
             if let Some(print) = found.get(id) {
                 let body = item.compare(*print);
                 item.forget_lease();
                 self.worker.advance(item, Event::Found(body));
                 continue;
             }
-            log::warn!(
-                consumer = self.worker.shared.consumer.name.as_str(), message_id = id;
-                "a handler came back when its claim was not ours any more: what it did does not \
-                 count, and the message is claimed again"
-            );
             self.lost(item);
         }
         Ok(())
