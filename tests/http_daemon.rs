@@ -21,7 +21,8 @@ use common::{
 
 fn orders(receiver: &Receiver) -> Consumer {
     Consumer::orders()
-        .http(&receiver.url())
+        .handler("http")
+        .set("handler.url", receiver.url())
         .set("handler.timeout", "800ms")
         .set("handler.connect_timeout", "500ms")
         .set("claim.lease", "1200ms")
@@ -163,7 +164,7 @@ fn every_answer_leads_where_the_table_says() {
         row.unwrap().error.clone()
     };
     assert!(
-        text("404").ends_with(": no such order \u{fffd}[31m"),
+        text("404").ends_with("\nno such order \u{fffd}[31m"),
         "{}",
         text("404")
     );
@@ -190,7 +191,8 @@ fn a_receiver_that_refuses_us_pauses_the_consumer_and_costs_no_attempt() {
     let ids = numbered_ids("m", 30);
     world.broker.send(ORDERS, ids.iter().map(|id| Msg::new(id)));
     let daemon = world.run(&config);
-    daemon.wait_for_log(&["401"]);
+    daemon.wait_for_log(&["paused: ", "answered 401", "code=401"]);
+    assert!(!daemon.logged(&["who are you"]), "it may quote a message");
     receiver.wait_for(5);
     closed.store(false, SeqCst);
     eventually("all are applied", || {
