@@ -36,7 +36,7 @@ struct Writer {
 impl Writer {
     fn servers(&mut self, config: &Config) {
         self.header("[broker]");
-        self.secret("url", &config.broker.url);
+        self.secrets("url", &config.broker.urls);
         if let Some(path) = &config.broker.ca_file {
             self.path("ca_file", path);
         }
@@ -199,12 +199,25 @@ impl Writer {
     }
 
     fn secret(&mut self, key: &str, value: &Secret) {
-        let text = if self.show_secrets {
-            value.expose()
-        } else {
-            REDACTED
-        };
-        self.string(key, text);
+        self.string(key, self.shown(value));
+    }
+
+    /// One as a string, several as a list.
+    fn secrets(&mut self, key: &str, values: &[Secret]) {
+        match values {
+            [one] => self.secret(key, one),
+            several => {
+                let shown: Vec<_> = several.iter().map(|s| self.shown(s).to_owned()).collect();
+                self.list(key, shown.into_iter());
+            }
+        }
+    }
+
+    fn shown<'s>(&self, value: &'s Secret) -> &'s str {
+        match self.show_secrets {
+            true => value.expose(),
+            false => REDACTED,
+        }
     }
 }
 

@@ -77,7 +77,7 @@ fn line_and_column(problem: &Problem) -> (usize, usize) {
 fn the_shipped_configuration_loads_and_holds_every_default() {
     let config = parse(SHIPPED).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(
-        config.broker.url.expose(),
+        config.broker.urls[0].expose(),
         "amqp://guest:guest@127.0.0.1:5672/%2f"
     );
     assert_eq!(config.broker.ca_file, None);
@@ -169,7 +169,7 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
 fn leaving_everything_out_is_the_same_as_the_shipped_values() {
     let shipped = parse(SHIPPED).unwrap_or_else(|error| panic!("{error}"));
     let mut smallest = parse(SMALLEST).unwrap_or_else(|error| panic!("{error}"));
-    smallest.broker.url = shipped.broker.url.clone();
+    smallest.broker.urls = shipped.broker.urls.clone();
     smallest.redis.as_mut().unwrap().url = shipped.redis.as_ref().unwrap().url.clone();
     smallest.postgres.url = shipped.postgres.url.clone();
     smallest.consumers[0].handler = shipped.consumers[0].handler.clone();
@@ -414,7 +414,7 @@ fn variables_come_from_the_environment_everywhere() {
         _ => None,
     };
     let config = config::parse(&text, shipped_path(), &env).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(config.broker.url.expose(), "amqp://x:7@h");
+    assert_eq!(config.broker.urls[0].expose(), "amqp://x:7@h");
     assert_eq!(config.daemon.shutdown_timeout, Duration::from_secs(7));
     let binding = &config.consumers[0].topology.bindings[0];
     assert_eq!(binding.exchange, "x");
@@ -463,7 +463,10 @@ fn a_url_can_come_from_a_file_beside_the_configuration() {
     assert!(!wrong.contains("hunter2"), "{wrong}");
 
     std::fs::write(&secret, "amqp://u:hunter2@h/v\r\n").unwrap();
-    assert_eq!(load().unwrap().broker.url.expose(), "amqp://u:hunter2@h/v");
+    assert_eq!(
+        load().unwrap().broker.urls[0].expose(),
+        "amqp://u:hunter2@h/v"
+    );
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::TopologyError;
 use super::watched;
-use crate::broker::connection::{self, Link};
+use crate::broker::connection::{Dial, Link};
 use crate::broker::error::ConnectError;
 use crate::config::checked::{Broker, Consumer, DeadLetters, QueueType, Topology, TopologyMode};
 
@@ -44,7 +44,7 @@ enum Answer {
 }
 
 /// Sends a probe and waits for what becomes of it, at most `within` after the
-/// connection is there.
+/// connection is there. `first` is the URL that the consumer is connected to.
 ///
 /// On a connection of its own, because an alarm on the broker blocks those that
 /// publish, and the consumer's must go on: what it consumes is what ends the
@@ -52,6 +52,7 @@ enum Answer {
 /// keeps a dead letter that has nowhere to go.
 pub(super) fn dead_letters(
     broker: &Broker,
+    first: usize,
     consumer: &Consumer,
     within: Duration,
 ) -> Result<(), TopologyError> {
@@ -63,7 +64,12 @@ pub(super) fn dead_letters(
         action: action.clone(),
         text,
     };
-    let mut link = connection::open(broker, &purpose)
+    let dial = Dial {
+        first,
+        ..Dial::new(broker, &purpose)
+    };
+    let mut link = dial
+        .open()
         .map_err(|error: ConnectError| lost(error.to_string()))?;
     let channel = link
         .open_channel(within)
