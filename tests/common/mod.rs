@@ -15,10 +15,12 @@ mod daemon;
 mod database;
 mod library;
 mod management;
+mod private;
 mod proxy;
 pub mod raw;
 mod redis;
 mod wait;
+pub mod wire;
 mod world;
 
 pub use broker::{Broker, Dead, Msg, numbered, numbered_ids};
@@ -26,9 +28,11 @@ pub use config::{Config, Consumer};
 pub use daemon::{Daemon, Gate, run_ackonce};
 pub use database::{Database, Failure};
 pub use management::Management;
+pub use private::PrivateBroker;
 pub use proxy::{Cut, Proxy};
 pub use redis::Redis;
 pub use wait::{DEADLINE, eventually, try_eventually};
+pub use wire::Wire;
 pub use world::World;
 
 /// The consumer most tests run, and its queue.
