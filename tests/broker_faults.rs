@@ -219,7 +219,9 @@ fn a_queue_that_others_make_is_waited_for_when_it_was_deleted() {
 #[test]
 fn a_queue_that_another_consumer_has_to_itself_is_waited_for() {
     let world = World::new();
-    let config = world.orders();
+    // A quorum queue lets others in all the same.
+    let orders = Consumer::orders().set("topology.queue_type", "classic");
+    let config = world.config().consumer(orders);
     world.prepare(&config);
     let channel = world.broker.channel();
     let options = ConsumerOptions {
@@ -266,7 +268,11 @@ fn of_two_daemons_on_a_queue_for_one_the_second_takes_over_when_the_first_dies()
     first.kill();
     world.broker.send(ORDERS, numbered("two", 500));
     world.wait_for_effects(1_000);
-    world.drain_with(second, &config, ORDERS);
+    eventually("the queue is settled", || {
+        let path = format!("/api/queues/{}/{ORDERS}", world.name());
+        world.management.get(&path)["messages"].as_u64() == Some(0)
+    });
+    second.stop();
     world.assert_each_applied_once(&[numbered_ids("one", 500), numbered_ids("two", 500)].concat());
 }
 
