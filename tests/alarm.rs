@@ -65,16 +65,24 @@ impl Alarm {
         }
     }
 
-    /// As the broker raises it itself, when less than a petabyte is free.
+    /// As the broker raises it itself, when less than a petabyte is free. Where
+    /// it cannot find out how much is free, in a chroot without /proc, the
+    /// alarm is raised for it.
     fn raise_for_disk() -> Self {
         evaluate(
-            "rabbit_disk_monitor:set_disk_free_limit(1000000000000000), \
-             timer:apply_after(60000, rabbit_disk_monitor, set_disk_free_limit, [50000000]).",
+            "case rabbit_disk_monitor:get_disk_free() of \
+             Free when is_number(Free) -> \
+             rabbit_disk_monitor:set_disk_free_limit(1000000000000000), \
+             timer:apply_after(60000, rabbit_disk_monitor, set_disk_free_limit, [50000000]); \
+             _ -> rabbit_alarm:set_alarm({{resource_limit, disk, node()}, []}), \
+             timer:apply_after(60000, rabbit_alarm, clear_alarm, \
+             [{resource_limit, disk, node()}]) end.",
         );
         let alarms = "[N || {{resource_limit, disk, N}, _} <- rabbit_alarm:get_alarms()].";
         eventually("the disk alarm is raised", || evaluate(alarms) != "[]");
         Self {
-            end: "rabbit_disk_monitor:set_disk_free_limit(50000000).",
+            end: "rabbit_disk_monitor:set_disk_free_limit(50000000), \
+                  rabbit_alarm:clear_alarm({resource_limit, disk, node()}).",
         }
     }
 }

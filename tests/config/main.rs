@@ -470,6 +470,77 @@ fn a_url_can_come_from_a_file_beside_the_configuration() {
 }
 
 #[test]
+fn a_broker_can_have_several_urls_each_checked_where_it_stands() {
+    let with = |list: &str| {
+        let env = |name: &str| (name == "PASS").then(|| "hunter2".to_owned());
+        let text = SMALLEST.replace("url = \"amqp://h\"", &format!("url = {list}"));
+        config::parse(&text, shipped_path(), &env)
+    };
+    let config = with("[\"amqp://u:${PASS}@one\", \"amqps://two/v\"]").unwrap();
+    let urls: Vec<_> = config.broker.urls.iter().map(|url| url.expose()).collect();
+    assert_eq!(urls, ["amqp://u:hunter2@one", "amqps://two/v"]);
+    assert_eq!(parse(&config::to_toml(&config, true)).unwrap(), config);
+    let shown = config::to_toml(&config, false);
+    assert!(
+        shown.contains("url = [\"<redacted>\", \"<redacted>\"]"),
+        "{shown}"
+    );
+    let many: Vec<_> = (0..17).map(|n| format!("\"amqp://h{n}\"")).collect();
+    for (list, column, message) in [
+        ("[]", 7, "`url` is an empty list"),
+        (
+            &format!("[{}]", many.join(",")),
+            7,
+            "`url` names 17 servers",
+        ),
+        (
+            "[\"amqp://h\", \"amqp://h\"]",
+            7,
+            "names one server twice, the second time as number 2",
+        ),
+        (
+            "[\"amqp://h\", \"http://h\"]",
+            20,
+            "`url` does not begin with amqp://",
+        ),
+        (
+            "[\"amqp://h\", 5]",
+            20,
+            "`url` must be a list of strings, found an integer",
+        ),
+        ("5", 7, "`url` must be a string"),
+    ] {
+        let error = with(list).unwrap_err();
+        let found = &error.problems()[0];
+        assert_eq!(line_and_column(found), (2, column), "{list}: {error}");
+        assert!(found.message.contains(message), "{list}: {error}");
+    }
+}
+
+#[test]
+fn a_file_with_several_urls_has_one_a_line() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("ackonce.toml");
+    let text = SMALLEST.replace("url = \"amqp://h\"", "url_file = \"amqp\"");
+    std::fs::write(&path, text).unwrap();
+    let urls = folder.path().join("amqp");
+    std::fs::write(&urls, "amqp://one\r\n\namqp://two/v\n").unwrap();
+    let config = config::load(&path).unwrap_or_else(|error| panic!("{error}"));
+    let found: Vec<_> = config.broker.urls.iter().map(|url| url.expose()).collect();
+    assert_eq!(found, ["amqp://one", "amqp://two/v"]);
+    std::fs::write(&urls, "amqp://one\nu:hunter2@two\n").unwrap();
+    let error = config::load(&path).unwrap_err().to_string();
+    assert!(
+        error.contains("`url_file` does not begin with amqp://"),
+        "{error}"
+    );
+    assert!(!error.contains("hunter2"), "{error}");
+    std::fs::write(&urls, "\n \n").unwrap();
+    let error = config::load(&path).unwrap_err().to_string();
+    assert!(error.contains("`url_file` is an empty list"), "{error}");
+}
+
+#[test]
 fn a_handler_file_is_read_from_the_configurations_folder() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("ackonce.toml");
