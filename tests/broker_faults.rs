@@ -277,6 +277,32 @@ fn of_two_daemons_on_a_queue_for_one_the_second_takes_over_when_the_first_dies()
 }
 
 #[test]
+fn a_dead_letter_exchange_that_leads_back_to_the_work_queue_is_told_and_no_probe_is_dead_lettered()
+{
+    let world = World::new();
+    world.prepare(&world.orders());
+    let channel = world.broker.channel();
+    let bound = channel.queue_bind(ORDERS, "orders.dlx", "", FieldTable::new());
+    bound.unwrap();
+    let orders = Consumer::orders()
+        .set("topology.mode", "none")
+        .set("topology.dead_letters", "publish");
+    let config = world.config().consumer(orders);
+    let first = world.run(&config);
+    // The probe of the second finds the first one consuming.
+    let second = world.run(&config);
+    eventually("one of them got the probe", || {
+        let told = ["ERROR", "dead letters come straight back"];
+        first.logged(&told) || second.logged(&told)
+    });
+    world.broker.send(ORDERS, [Msg::new("m")]);
+    world.wait_for_effects(1);
+    second.stop();
+    world.drain_with(first, &config, ORDERS);
+    assert_eq!(world.db.count("select count(*) from ackonce.failure"), 0);
+}
+
+#[test]
 fn a_delivery_held_for_longer_than_the_broker_allows_closes_the_channel_and_is_applied_once() {
     let broker = PrivateBroker::start(1);
     broker.ctl(
@@ -305,7 +331,8 @@ fn a_delivery_held_for_longer_than_the_broker_allows_closes_the_channel_and_is_a
         .consumer(orders);
     let daemon = world.run(&config);
     world.broker.send(ORDERS, numbered("m", 20));
-    daemon.wait_for_log(&["lost the broker", "code=406", "consumer_timeout"]);
+    // RabbitMQ 3.10 closes the channel, 4.3 cancels the consumer.
+    daemon.wait_for_log(&["lost the broker", "held for longer", "consumer_timeout"]);
     world.db.execute("delete from pause");
     world.db.execute(
         "select pg_cancel_backend(pid) from pg_stat_activity \

@@ -73,8 +73,8 @@ impl Happening {
                  again: raise it above the longest time that a message may take, or lower prefetch"
             }
             Self::Cancelled => {
-                "the queue was deleted, or its node is gone: if it was deleted, the messages in it \
-                 are lost to everybody"
+                "the queue was deleted (its messages are lost to everybody), its node is gone, or a \
+                 delivery was held for longer than the broker's consumer_timeout"
             }
             Self::QueueGone => "make the queue, or let the daemon do it with mode = \"declare\"",
             Self::QueueDown => {

@@ -131,7 +131,7 @@ fn consume<'a>(
             }
             Turn::Resume | Turn::End(_) => {
                 paused = false;
-                flow.keep(consumer.receiver())
+                flow.keep(consumer.receiver(), feed)
             }
         };
         if let Err(end) = turned {

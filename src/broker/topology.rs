@@ -19,6 +19,7 @@ use crate::config::checked::{Broker, Consumer, DeadLetters, TopologyMode};
 pub use error::TopologyError;
 use parts::Part;
 pub use probe::HEADER as PROBE_HEADER;
+pub(super) use probe::is_one as is_probe;
 
 /// Everything that comes before consuming: makes what is needed, compares it or
 /// looks for it, and then proves that a dead letter has somewhere to go. Each

@@ -105,7 +105,12 @@ impl Runner {
         let session = match self.open(&pool.outbox, memory) {
             Ok(Ok(session)) => session,
             Ok(Err(error)) => return self.not_opened(&error, memory),
-            Err(next) => return Ok(next),
+            Err(next) => {
+                if matches!(next, Next::Reconnect) {
+                    memory.streak.no_server("no thread to connect on");
+                }
+                return Ok(next);
+            }
         };
         memory.declared = true;
         let server = session.server();

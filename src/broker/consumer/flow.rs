@@ -12,8 +12,9 @@ use crate::broker::connection::Link;
 use crate::broker::convert;
 use crate::broker::courier::{Copy, Courier, Delivered};
 use crate::broker::guard::RepairLog;
+use crate::broker::topology;
 use crate::broker::window::{Order, Window};
-use crate::config::checked::DeadLetters;
+use crate::config::checked::{self, DeadLetters};
 use crate::failpoint::{self, Step};
 use crate::lifecycle;
 use crate::message::{Delivery, Epoch, Parcel, Settled, Settlement, Ticket};
@@ -177,34 +178,47 @@ impl<'a> Flow<'a> {
         }
         for _ in 0..BURST {
             let Some(message) = next.take() else { break };
-            let delivery = self.receive(message)?;
-            self.offer(delivery, feed);
+            if let Some(delivery) = self.receive(message, feed)? {
+                self.offer(delivery, feed);
+            }
             if !self.kept.is_empty() {
                 break;
             }
             next = more.try_recv().ok();
         }
         // The last one was taken out of the channel: it must not be dropped.
-        if let Some(message) = next {
-            let delivery = self.receive(message)?;
+        if let Some(message) = next
+            && let Some(delivery) = self.receive(message, feed)?
+        {
             self.offer(delivery, feed);
         }
         Ok(())
     }
 
-    fn receive(&mut self, message: ConsumerMessage) -> Result<Delivery, End> {
+    /// `None` for what is not for the workers.
+    fn receive(
+        &mut self,
+        message: ConsumerMessage,
+        feed: &Feed<'_>,
+    ) -> Result<Option<Delivery>, End> {
         let lost = |cause: Cause| Err(End::Lost(cause));
         match message {
             ConsumerMessage::Delivery(mut delivery) => {
                 let tag = delivery.delivery_tag();
+                if topology::is_probe(&delivery) {
+                    tell_of_circle(feed.consumer);
+                    self.window.put(tag, Box::new(delivery));
+                    self.conclude(tag, Settlement::Ack)?;
+                    return Ok(None);
+                }
                 let repairs = self.repairs.take(self.channel.channel_id(), tag);
                 let message = convert::hollow_out(&mut delivery, repairs);
                 self.window.put(tag, Box::new(delivery));
                 let epoch = self.epoch;
-                Ok(Delivery {
+                Ok(Some(Delivery {
                     message,
                     ticket: Ticket { epoch, tag },
-                })
+                }))
             }
             ConsumerMessage::ServerCancelled => {
                 let text = "the broker cancelled the consumer";
@@ -352,7 +366,7 @@ impl<'a> Flow<'a> {
         deliveries: &Receiver<ConsumerMessage>,
         feed: &Feed<'_>,
     ) -> Result<(), End> {
-        self.keep(deliveries)?;
+        self.keep(deliveries, feed)?;
         let kept = std::mem::take(&mut self.kept);
         for delivery in kept.into_iter().chain(feed.unstarted.try_iter()) {
             // Some may have come over a connection that is lost.
@@ -366,13 +380,17 @@ impl<'a> Flow<'a> {
     }
 
     /// Keeps what comes before the end of a cancelled subscription.
-    pub(super) fn keep(&mut self, deliveries: &Receiver<ConsumerMessage>) -> Result<(), End> {
+    pub(super) fn keep(
+        &mut self,
+        deliveries: &Receiver<ConsumerMessage>,
+        feed: &Feed<'_>,
+    ) -> Result<(), End> {
         loop {
             match deliveries.recv_timeout(CALL_WITHIN) {
                 Ok(ConsumerMessage::ClientCancelled) => return Ok(()),
                 Ok(message) => {
-                    let delivery = self.receive(message)?;
-                    self.kept.push_back(delivery);
+                    let delivery = self.receive(message, feed)?;
+                    self.kept.extend(delivery);
                 }
                 Err(_) => return Err(gone()),
             }
@@ -440,4 +458,15 @@ fn gone() -> End {
 
 fn no_courier() -> End {
     End::Lost(Cause::new(Happening::Other, "the courier is gone"))
+}
+
+/// A probe that comes out of the work queue shows where dead letters go.
+fn tell_of_circle(consumer: &checked::Consumer) {
+    let topology = &consumer.topology;
+    log::error!(
+        consumer = consumer.name.as_str(), queue = topology.queue.as_str(),
+        exchange = topology.dead_letter_exchange.as_str();
+        "dead letters come straight back to the queue they left, again and again: unbind the queue \
+         from its dead-letter exchange, or name another one in dead_letter_exchange"
+    );
 }

@@ -33,6 +33,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// The highest that a quorum queue tells from the others.
 const PRIORITY: u8 = 9;
 
+/// Whether a delivery is a probe, of whatever consumer. Where the dead-letter
+/// exchange leads to a queue that is consumed from, a probe gets there too.
+pub(in crate::broker) fn is_one(delivery: &amiquip::Delivery) -> bool {
+    let headers = delivery.properties.headers().as_ref();
+    delivery.body == BODY && headers.is_some_and(|headers| headers.contains_key(HEADER))
+}
+
 /// What became of a probe.
 enum Answer {
     /// A queue took it.
