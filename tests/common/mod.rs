@@ -17,11 +17,13 @@ mod database;
 mod library;
 mod management;
 pub mod program;
+mod private;
 mod proxy;
 pub mod raw;
 mod receiver;
 mod redis;
 mod wait;
+pub mod wire;
 mod world;
 
 pub use authority::Authority;
@@ -30,10 +32,12 @@ pub use config::{Config, Consumer};
 pub use daemon::{Daemon, Gate, run_ackonce};
 pub use database::{Database, Failure};
 pub use management::Management;
+pub use private::PrivateBroker;
 pub use proxy::{Cut, Proxy};
 pub use receiver::{Answer, Receiver, Request};
 pub use redis::Redis;
 pub use wait::{DEADLINE, eventually, try_eventually};
+pub use wire::Wire;
 pub use world::World;
 
 /// The consumer most tests run, and its queue.
