@@ -143,6 +143,9 @@ fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> 
 fn try_schema(config: &checked::Config) -> Result<Schema, postgres::Error> {
     let mut session = Session::open(&config.postgres, "schema")?;
     let schema = ledger::schema(&mut session)?;
+    for risk in session.risks()? {
+        log::warn!("{risk}");
+    }
     if schema == Schema::Current || !config.postgres.auto_migrate {
         return Ok(schema);
     }
