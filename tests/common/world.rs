@@ -30,14 +30,19 @@ pub struct World {
 impl World {
     /// Makes one on the servers that the environment names.
     pub fn new() -> Self {
+        Self::with_postgres(&server("ACKONCE_POSTGRES_URL"))
+    }
+
+    /// As [`Self::new`], with its database on another server: for faults that
+    /// are the whole server's.
+    pub fn with_postgres(admin_url: &str) -> Self {
         let name = format!("ackonce_test_{:016x}", random());
         let management = Management::new(&server("ACKONCE_MANAGEMENT_URL"));
         management.create_vhost(&name);
         let amqp_url = with_path(&server("ACKONCE_AMQP_URL"), &name);
-        let admin_url = server("ACKONCE_POSTGRES_URL");
-        let admin = Database::connect(&admin_url);
+        let admin = Database::connect(admin_url);
         admin.execute(&format!("create database {name} template template0"));
-        let postgres_url = with_path(&admin_url, &name);
+        let postgres_url = with_path(admin_url, &name);
         let db = Database::connect(&postgres_url);
         db.execute("create table effect (message_id text, body jsonb, amount int, note text)");
         let redis_url = server("ACKONCE_REDIS_URL");
