@@ -160,6 +160,9 @@ fn try_schema_unless(
 fn try_schema(config: &checked::Config) -> Result<Schema, postgres::Error> {
     let mut session = Session::open(&config.postgres, "schema")?;
     let schema = ledger::schema(&mut session)?;
+    for risk in session.risks()? {
+        log::warn!("{risk}");
+    }
     if schema == Schema::Current || !config.postgres.auto_migrate {
         return Ok(schema);
     }

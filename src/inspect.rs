@@ -162,15 +162,14 @@ fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(
     let row = session.run(async |connection| {
         sqlx::query(
             "SELECT current_setting('server_version_num')::int4, current_setting('server_encoding'), \
-             current_setting('synchronous_commit'), pg_is_in_recovery()",
+             pg_is_in_recovery()",
         )
         .fetch_one(connection)
         .await
     })?;
     let version: i32 = row.get(0);
     let encoding: String = row.get(1);
-    let synchronous_commit: String = row.get(2);
-    let in_recovery: bool = row.get(3);
+    let in_recovery: bool = row.get(2);
     findings.require(
         "PostgreSQL version",
         u32::try_from(version).is_ok_and(|version| version >= POSTGRES_MIN),
@@ -185,13 +184,18 @@ fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(
         &encoding,
         "message ids and bodies are UTF-8: create the database with ENCODING 'UTF8'",
     );
-    findings.require(
-        "PostgreSQL synchronous_commit",
-        synchronous_commit != "off",
-        Severity::Warning,
-        &synchronous_commit,
-        "a crash of the server can lose ledger rows of messages that are acknowledged",
-    );
+    match session.risks()?.as_slice() {
+        [] => findings.add(
+            "PostgreSQL durability",
+            Severity::Good,
+            "commits survive a crash",
+        ),
+        risks => {
+            for risk in risks {
+                findings.add("PostgreSQL durability", Severity::Warning, *risk);
+            }
+        }
+    }
     findings.require(
         "PostgreSQL role in replication",
         !in_recovery,

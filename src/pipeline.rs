@@ -378,6 +378,10 @@ impl Worker {
                     item.on(Event::ClaimWon);
                     recording.push(item);
                 }
+                Claim::Unknown => {
+                    item.on(Event::ClaimUnavailable);
+                    recording.push(item);
+                }
                 Claim::Done(_) if self.shared.consumer.confirm_duplicates => {
                     item.on(Event::ClaimUnavailable);
                     recording.push(item);

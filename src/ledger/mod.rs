@@ -17,7 +17,7 @@ use std::sync::Arc;
 use sqlx::{PgConnection, Row};
 
 use crate::config::checked;
-use crate::failure::{Class, Failure};
+use crate::failure::Failure;
 use crate::message::{Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
 
@@ -141,7 +141,7 @@ impl Ledger {
         self.forgetting(|session, _| {
             // READ COMMITTED, whatever the database's default: the look-up in
             // `record` must see rows that were committed after BEGIN.
-            session.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+            session.execute_at_once("BEGIN ISOLATION LEVEL READ COMMITTED")
         })
     }
 
@@ -203,11 +203,10 @@ impl Ledger {
     pub fn commit(&mut self) -> Result<(), CommitError> {
         match self.forgetting(|session, _| session.execute("COMMIT")) {
             Ok(()) => Ok(()),
-            // A deferred constraint, a trigger or a serialization check: the
-            // server has rolled back.
-            Err(Error::Refused(failure)) if failure.class != Class::Systemic => {
-                Err(CommitError::Refused(failure))
-            }
+            // A deferred constraint, a trigger, a serialization check or a
+            // cancellation: the server has rolled back. What fails once it is
+            // past that costs it the session, at least.
+            Err(Error::Refused(failure)) => Err(CommitError::Refused(failure)),
             Err(error) => Err(CommitError::Unknown(error.to_string())),
         }
     }

@@ -32,26 +32,33 @@ pub struct World {
 impl World {
     /// Makes one on the servers that the environment names.
     pub fn new() -> Self {
-        Self::with_broker(
+        Self::with_postgres(&server("ACKONCE_POSTGRES_URL"))
+    }
+
+    /// As [`Self::new`], with its database on another server: for faults that
+    /// are the whole server's.
+    pub fn with_postgres(admin_url: &str) -> Self {
+        Self::with(
             &server("ACKONCE_AMQP_URL"),
             &server("ACKONCE_MANAGEMENT_URL"),
+            admin_url,
         )
     }
 
     /// Makes one with a vhost on the first node of a broker of its own.
     pub fn on(broker: &PrivateBroker) -> Self {
-        Self::with_broker(&broker.amqp_url(0), &broker.management_url(0))
+        let admin_url = server("ACKONCE_POSTGRES_URL");
+        Self::with(&broker.amqp_url(0), &broker.management_url(0), &admin_url)
     }
 
-    fn with_broker(amqp_url: &str, management_url: &str) -> Self {
+    fn with(amqp_url: &str, management_url: &str, admin_url: &str) -> Self {
         let name = format!("ackonce_test_{:016x}", random());
         let management = Management::new(management_url);
         management.create_vhost(&name);
         let amqp_url = with_path(amqp_url, &name);
-        let admin_url = server("ACKONCE_POSTGRES_URL");
-        let admin = Database::connect(&admin_url);
+        let admin = Database::connect(admin_url);
         admin.execute(&format!("create database {name} template template0"));
-        let postgres_url = with_path(&admin_url, &name);
+        let postgres_url = with_path(admin_url, &name);
         let db = Database::connect(&postgres_url);
         db.execute("create table effect (message_id text, body jsonb, amount int, note text)");
         let redis_url = server("ACKONCE_REDIS_URL");
