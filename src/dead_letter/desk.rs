@@ -186,6 +186,17 @@ impl<'a> Desk<'a> {
         Ok(self.queue.give_back()?)
     }
 
+    /// As [`Desk::give_back`], but nobody else can sit down until the session
+    /// that is returned ends.
+    ///
+    /// # Errors
+    ///
+    /// [`DeskError::Lost`]: the letters come back all the same.
+    pub fn stay_seated(self) -> Result<Session, Trouble> {
+        self.queue.give_back()?;
+        Ok(self.session)
+    }
+
     /// Writes down that an action begins.
     ///
     /// # Errors
