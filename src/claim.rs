@@ -6,6 +6,8 @@
 //! `PREFIX:LEDGER_ID:CONSUMER:MESSAGE_ID`; its value is `c:TOKEN` while
 //! somebody works on the id and `d:FINGERPRINT` once it is in the ledger.
 
+pub mod desk;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};

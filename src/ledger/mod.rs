@@ -6,6 +6,7 @@
 
 mod journal;
 pub mod prune;
+pub mod replay;
 mod schema;
 pub mod story;
 mod suspect;

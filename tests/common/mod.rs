@@ -18,6 +18,7 @@ mod management;
 mod proxy;
 pub mod raw;
 mod redis;
+mod tool;
 mod wait;
 mod world;
 
@@ -28,6 +29,7 @@ pub use database::{Database, Failure};
 pub use management::Management;
 pub use proxy::{Cut, Proxy};
 pub use redis::Redis;
+pub use tool::{Ended, Running, Tool};
 pub use wait::{DEADLINE, eventually, try_eventually};
 pub use world::World;
 
