@@ -105,7 +105,7 @@ fn object(table: &FieldTable) -> Map<String, Value> {
 }
 
 /// Recursion ends at the guard's limit: deeper tables never reach amiquip.
-fn json(value: &AmqpValue) -> Value {
+pub(super) fn json(value: &AmqpValue) -> Value {
     match value {
         AmqpValue::Boolean(value) => Value::Bool(*value),
         AmqpValue::ShortShortInt(value) => Value::from(*value),

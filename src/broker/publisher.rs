@@ -17,6 +17,7 @@ pub use super::confirms::{Fate, Seq};
 use super::connection::{self, Link};
 use super::error::{ConnectError, LinkError, Stage};
 use super::outgoing::{self, Likener};
+use super::properties::Properties;
 pub use super::outgoing::{Outgoing, Unfit};
 use crate::config::checked::Broker;
 
@@ -157,6 +158,21 @@ impl Publisher {
     ) -> Result<Seq, PublishError> {
         let (properties, property_bytes) = outgoing::persist(route, properties)?;
         self.send(route, body, properties, property_bytes)
+    }
+
+    /// Like [`Publisher::publish`], with properties of every AMQP type. `route`
+    /// is exchange and routing key. The message becomes persistent.
+    ///
+    /// # Errors
+    ///
+    /// As [`Publisher::publish`].
+    pub fn publish_whole(
+        &mut self,
+        route: (&str, &str),
+        body: &[u8],
+        properties: &Properties,
+    ) -> Result<Seq, PublishError> {
+        self.publish_copy(route, body, properties.to_amqp())
     }
 
     fn send(

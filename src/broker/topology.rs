@@ -154,6 +154,15 @@ pub fn inspect(
     Ok(found)
 }
 
+/// Whether the quorum queue `queue`, which must exist, is known to keep what
+/// comes back any number of times: declared with the argument that says so. A
+/// limit that a policy took off is not known. Asks on a channel of its own.
+pub(super) fn is_unlimited(link: &mut Link, queue: &str, within: Duration) -> bool {
+    let part = parts::unlimited(queue);
+    let action = format!("compare {} with one without a delivery limit", part.label());
+    alone(link, &action, within, |channel| part.declare(channel)).is_ok()
+}
+
 fn declare_all<'a>(
     link: &mut Link,
     parts: impl IntoIterator<Item = Part<'a>>,
