@@ -13,6 +13,7 @@ mod broker;
 mod config;
 mod daemon;
 mod database;
+pub mod letters;
 mod library;
 mod management;
 mod proxy;

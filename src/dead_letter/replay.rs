@@ -1,0 +1,200 @@
+//! `ackonce replay`: dead letters published again, each confirmed before it
+//! leaves the dead-letter queue.
+//!
+//! A letter is in one of three places at any moment: in the dead-letter queue,
+//! in both queues, or where it was sent. So nothing that ends a replay, be it a
+//! signal, a lost server or a power cut, loses one; and one that is in both
+//! queues has the same id there, so the consumer applies it once, and the next
+//! replay finds it in the ledger and only acknowledges it.
+
+mod engine;
+mod fates;
+mod force;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+use thiserror::Error;
+
+pub use engine::run;
+
+use super::canary::{Canary, Outcome, Trouble};
+use super::pace::Rate;
+use super::plan::Standing;
+use super::republish::Destination;
+use crate::broker::desk::DeskError;
+use crate::broker::error::ConnectError;
+use crate::broker::publisher::PublishError;
+use crate::postgres;
+
+/// What is to be replayed, and how.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// Whereto.
+    pub destination: Destination,
+    /// Most letters that are published.
+    pub limit: Option<u64>,
+    /// How fast.
+    pub rate: Option<Rate>,
+    /// In steps.
+    pub canary: Option<Canary>,
+    /// Those of which the ledger cannot tell whether they were applied, too.
+    pub beyond_retention: bool,
+    /// Even those that were applied; the letters are then asked for by id.
+    pub force: bool,
+    /// Letters are given back and taken anew after this time, because the broker
+    /// closes a channel that holds one for too long.
+    pub hold: Duration,
+}
+
+/// What became of one letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    /// It was published, confirmed, and has left the dead-letter queue.
+    Replayed,
+    /// It was applied before: it has left the dead-letter queue.
+    Acknowledged,
+    /// It is where it was.
+    Left,
+}
+
+/// Why a letter was left, beside where it stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hindrance {
+    /// No queue takes what is sent there.
+    Unroutable,
+    /// The queue it was routed to refused it.
+    Refused,
+    /// AMQP or the broker has no room for it.
+    Unfit,
+}
+
+/// One letter and what became of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Line {
+    /// Its id, if it has a usable one.
+    pub message_id: Option<String>,
+    /// Where it stood.
+    pub standing: Standing,
+    /// What became of it.
+    pub action: Action,
+    /// What hindered it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hindrance: Option<Hindrance>,
+    /// Why, for humans.
+    pub why: String,
+}
+
+/// What a replay did.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct Report {
+    /// Letters in the queue when it began.
+    pub depth: u64,
+    /// Letters that were looked at and asked for.
+    pub matched: u64,
+    /// Published, confirmed, and gone from the dead-letter queue.
+    pub replayed: u64,
+    /// Applied before, and gone from the dead-letter queue.
+    pub acknowledged: u64,
+    /// Published without an answer: they may be in both queues.
+    pub unconfirmed: u64,
+    /// Left for where they stand.
+    pub left: BTreeMap<Standing, u64>,
+    /// Left for what hindered them.
+    pub hindered: BTreeMap<Hindrance, u64>,
+    /// What the canary found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canary: Option<Outcome>,
+    /// Why it ended before its end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut_short: Option<String>,
+}
+
+impl Report {
+    /// Letters that were asked for and are still where they were.
+    #[must_use]
+    pub fn left(&self) -> u64 {
+        self.left.values().sum::<u64>() + self.hindered.values().sum::<u64>()
+    }
+}
+
+/// Told while it goes on.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// The queue is open: so many letters are looked at.
+    Opened {
+        /// How many.
+        depth: u64,
+        /// How many other consumers the queue has.
+        others: u32,
+    },
+    /// A letter is dealt with.
+    Letter(&'a Line),
+    /// Waits for the fate of what was replayed.
+    Waiting(&'a Outcome),
+    /// A step of the canary is over.
+    Step(&'a Outcome),
+}
+
+/// Why a replay ended before its end.
+#[derive(Debug, Error)]
+pub enum Cut {
+    /// It was told to stop.
+    #[error("stopped before the end: run it again to go on")]
+    Stopped,
+    /// Too little of what was replayed was applied.
+    #[error("{}", canary_text(outcome, *abort_at, troubles))]
+    Canary {
+        /// What was found.
+        outcome: Outcome,
+        /// What would have been tolerated, in percent.
+        abort_at: u8,
+        /// The commonest errors.
+        troubles: Vec<(Trouble, u64)>,
+    },
+    /// The database, which holds ledger and lock.
+    #[error("{0}")]
+    Ledger(#[from] postgres::Error),
+    /// The dead-letter queue.
+    #[error("{0}")]
+    Desk(#[from] DeskError),
+    /// The connection that publishes.
+    #[error("{0}")]
+    Connect(#[from] ConnectError),
+    /// A message could not be handed to the broker.
+    #[error("{0}")]
+    Publish(#[from] PublishError),
+    /// Redis, where a mark had to be taken away.
+    #[error("Redis does not answer, and its mark on {id} has to go: {cause}")]
+    Claims {
+        /// Of which id.
+        id: String,
+        /// Redis's words.
+        cause: String,
+    },
+}
+
+fn canary_text(outcome: &Outcome, abort_at: u8, troubles: &[(Trouble, u64)]) -> String {
+    let mut text = format!(
+        "stopped: of {} replayed, {} are not applied ({} dead-lettered again, {} waiting for \
+         another attempt, {} without a trace), and --abort-at allows {abort_at} %",
+        outcome.replayed,
+        outcome.not_applied(),
+        outcome.dead_again,
+        outcome.waiting,
+        outcome.unknown
+    );
+    for (trouble, count) in troubles {
+        let words = [trouble.reason.as_deref(), trouble.code.as_deref()];
+        let mut words: Vec<&str> = words.into_iter().flatten().collect();
+        words.push(&trouble.error);
+        text.push_str(&format!("\n  {count} x {}", words.join(": ")));
+    }
+    if outcome.unknown == outcome.not_applied() {
+        text.push_str("\n  hint: nothing is known of them: does the consumer's daemon run?");
+    }
+    text
+}
