@@ -17,8 +17,8 @@ pub use super::confirms::{Fate, Seq};
 use super::connection::{self, Link};
 use super::error::{ConnectError, LinkError, Stage};
 use super::outgoing::{self, Likener};
-use super::properties::Properties;
 pub use super::outgoing::{Outgoing, Unfit};
+use super::properties::Properties;
 use crate::config::checked::Broker;
 
 /// How long a dead connection has to say what it died of.

@@ -4,6 +4,7 @@
 //! A [`Ledger`] belongs to one worker thread. It connects when it is needed
 //! and again after it lost its session; it never retries by itself.
 
+pub mod desk;
 mod journal;
 pub mod prune;
 pub mod replay;
