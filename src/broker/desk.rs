@@ -37,6 +37,7 @@ use super::connection::{self, Link};
 use super::convert;
 use super::error::ConnectError;
 use super::guard::RepairLog;
+use super::outgoing::SHORT_STRING_MAX_BYTES;
 use super::properties::Properties;
 use super::topology::{self, PROBE_HEADER};
 use crate::config::checked;
@@ -342,6 +343,28 @@ impl Desk {
     pub fn settle(&mut self) -> Result<(), DeskError> {
         // An answer on the same channel comes after what was sent before.
         self.count().map(drop)
+    }
+
+    /// Whether there is an exchange of this name: a publish to one that is not
+    /// there ends the channel, and with it what is unconfirmed.
+    ///
+    /// # Errors
+    ///
+    /// [`DeskError::Lost`] when that cannot be found out.
+    pub fn has_exchange(&mut self, name: &str) -> Result<bool, DeskError> {
+        let queue = self.queue.clone();
+        let lost = |cause: String| DeskError::Lost { queue, cause };
+        if name.is_empty() {
+            return Ok(true);
+        }
+        let Some((link, _)) = &mut self.open else {
+            return Err(lost("the desk is closed".to_owned()));
+        };
+        // Names are short strings; a longer one ends the connection.
+        if name.len() > SHORT_STRING_MAX_BYTES {
+            return Ok(false);
+        }
+        topology::has_exchange(link, name, CALL_WITHIN).map_err(|error| lost(error.to_string()))
     }
 
     /// Returns every letter that was not acked, in the order in which they

@@ -99,6 +99,7 @@ pub struct Publisher {
     /// The broker closed the channel over a message.
     refused: bool,
     address: String,
+    user: String,
     book: Book,
     likener: Likener,
     limits: Limits,
@@ -121,16 +122,24 @@ impl Publisher {
     pub fn open(broker: &Broker, purpose: &str, limits: Limits) -> Result<Self, ConnectError> {
         let link = connection::open(broker, purpose)?;
         let address = link.address().to_string();
+        let user = link.address().user.clone();
         let live = Live::start(link, broker.connect_timeout)?;
         Ok(Self {
             live: Some(live),
             cause: String::new(),
             refused: false,
             address,
+            user,
             book: Book::default(),
             likener: Likener::default(),
             limits,
         })
+    }
+
+    /// Who publishes: the broker takes no other `user_id`.
+    #[must_use]
+    pub fn user(&self) -> &str {
+        &self.user
     }
 
     /// Hands `message` to the broker, after waiting for room if too much is
@@ -244,7 +253,8 @@ impl Publisher {
     /// True when it is lost because the broker will not have a message such as
     /// one of those that were unconfirmed then (406: longer than its
     /// `max_message_size`, or with a property it objects to).
-    pub(super) fn refused(&self) -> bool {
+    #[must_use]
+    pub fn refused(&self) -> bool {
         self.refused
     }
 

@@ -186,6 +186,41 @@ impl<'a> Desk<'a> {
         Ok(self.queue.give_back()?)
     }
 
+    /// Gives back every letter that was not acked and opens the queue anew, no
+    /// deeper than `depth`: before the broker takes back what is held for too
+    /// long. Nobody else can sit down in between.
+    ///
+    /// # Errors
+    ///
+    /// As [`Desk::open`] and [`Desk::give_back`].
+    pub fn open_anew(
+        self,
+        config: &Config,
+        purpose: &str,
+        despite_limit: bool,
+        depth: u64,
+    ) -> Result<Self, Trouble> {
+        self.queue.give_back()?;
+        let name = &self.consumer.topology.dead_letter_queue;
+        let purpose = format!("{} {purpose}", self.consumer.name);
+        let mut queue = desk::Desk::open(&config.broker, name, &purpose, despite_limit)?;
+        queue.no_deeper_than(depth);
+        Ok(Self {
+            queue,
+            read: 0,
+            ..self
+        })
+    }
+
+    /// Whether the broker has an exchange of this name.
+    ///
+    /// # Errors
+    ///
+    /// [`DeskError::Lost`] when it cannot be asked.
+    pub fn has_exchange(&mut self, name: &str) -> Result<bool, Trouble> {
+        Ok(self.queue.has_exchange(name)?)
+    }
+
     /// Writes down that an action begins.
     ///
     /// # Errors

@@ -1,24 +1,16 @@
 //! Looks up where dead letters stand: in the ledger, in the failure journal
 //! and in Redis, a batch at a time.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::letter::Letter;
 use super::plan::{self, Facts, Verdict};
 use crate::claim::desk::{Inspector, Seized};
 use crate::config::checked;
 use crate::identity;
 use crate::ledger::replay::{self, Asked, Known};
-use crate::message::{DeadReason, Fingerprint, Message, MessageId};
+use crate::message::{DeadReason, Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
-
-/// What is looked up.
-#[derive(Debug, Clone, Copy)]
-pub struct Suspect<'a> {
-    /// The letter, as the consumer would see it.
-    pub message: &'a Message,
-    /// When it was dead-lettered, as far as it says so itself.
-    pub died_at: Option<SystemTime>,
-}
 
 /// What was found out about one letter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,50 +73,45 @@ impl<'a> Lookout<'a> {
     pub fn judge(
         &mut self,
         session: &mut Session,
-        letters: &[Suspect<'_>],
+        letters: &[&Letter],
     ) -> Result<Vec<Judged>, Error> {
         let now = SystemTime::now();
-        let prints: Vec<Fingerprint> = letters
+        let usable = |letter: &Letter| usable_id(letter, self.consumer);
+        let ids: Vec<Result<MessageId, DeadReason>> =
+            letters.iter().map(|letter| usable(letter)).collect();
+        let asked: Vec<Asked<'_>> = letters
             .iter()
-            .map(|letter| identity::fingerprint(&letter.message.body))
-            .collect();
-        let ids: Vec<Result<MessageId, DeadReason>> = letters
-            .iter()
-            .map(|letter| usable_id(letter.message, self.consumer))
-            .collect();
-        let asked: Vec<Asked<'_>> = ids
-            .iter()
-            .zip(&prints)
-            .filter_map(|(id, print)| {
-                let (id, fingerprint) = (id.as_ref().ok()?, *print);
-                Some(Asked { id, fingerprint })
+            .zip(&ids)
+            .filter_map(|(letter, id)| {
+                Some(Asked {
+                    id: id.as_ref().ok()?,
+                    fingerprint: letter.fingerprint,
+                })
             })
             .collect();
         let held = self.held(&asked);
         let known = replay::look_up(session, self.consumer_id, &asked)?;
         let mut answers = known.into_iter().zip(held);
-        let judged = letters.iter().zip(ids.iter().zip(&prints));
-        Ok(judged
-            .map(|(letter, (id, print))| {
-                let (known, claimed) = match id {
-                    Ok(_) => answers.next().unwrap_or_default(),
-                    Err(_) => (Known::default(), false),
-                };
-                let facts = Facts {
-                    unusable: id.as_ref().err().copied(),
-                    fingerprint: *print,
-                    applied: known.applied,
-                    claimed,
-                    waits: known.waits,
-                    age: age(letter, &known, now),
-                };
-                Judged {
-                    id: id.as_ref().ok().cloned(),
-                    fingerprint: *print,
-                    verdict: plan::judge(&facts, self.retention),
-                }
-            })
-            .collect())
+        let judged = letters.iter().zip(&ids).map(|(letter, id)| {
+            let (known, claimed) = match id {
+                Ok(_) => answers.next().unwrap_or_default(),
+                Err(_) => (Known::default(), false),
+            };
+            let facts = Facts {
+                unusable: id.as_ref().err().copied(),
+                fingerprint: letter.fingerprint,
+                applied: known.applied,
+                claimed,
+                waits: known.waits,
+                age: age(letter, &known, now),
+            };
+            Judged {
+                id: id.as_ref().ok().cloned(),
+                fingerprint: letter.fingerprint,
+                verdict: plan::judge(&facts, self.retention),
+            }
+        });
+        Ok(judged.collect())
     }
 
     /// For each whether its id is claimed; asked before the ledger, so that what
@@ -176,20 +163,22 @@ fn warn_of_redis(error: &anyhow::Error) {
 
 /// The id by which the consumer would work on it; or the reason for which it
 /// would dead-letter it again.
-fn usable_id(message: &Message, consumer: &checked::Consumer) -> Result<MessageId, DeadReason> {
-    match message.body.len() > consumer.max_body {
+fn usable_id(letter: &Letter, consumer: &checked::Consumer) -> Result<MessageId, DeadReason> {
+    match letter.size() > consumer.max_body {
         true => Err(DeadReason::TooLarge),
-        false => identity::identify(message, &consumer.identity),
+        false => identity::identify(&letter.message, &consumer.identity),
     }
 }
 
 /// The longest time that anything tells. A time that is still to come tells
 /// nothing.
-fn age(letter: &Suspect<'_>, known: &Known, now: SystemTime) -> Option<Duration> {
+fn age(letter: &Letter, known: &Known, now: SystemTime) -> Option<Duration> {
+    let died = letter.death.as_ref().and_then(|death| death.at);
+    let died = died.and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds)));
     let since = |at: Option<SystemTime>| now.duration_since(at?).ok();
     [
         known.dead_for,
-        since(letter.died_at),
+        since(died),
         since(letter.message.published_at),
     ]
     .into_iter()

@@ -17,13 +17,13 @@ use std::time::Duration;
 use serde::Serialize;
 use thiserror::Error;
 
-pub use engine::run;
+pub use engine::{Tools, run};
 
 use super::canary::{Canary, Outcome, Trouble};
+use super::desk;
 use super::pace::Rate;
 use super::plan::Standing;
 use super::republish::Destination;
-use crate::broker::desk::DeskError;
 use crate::broker::error::ConnectError;
 use crate::broker::publisher::PublishError;
 use crate::postgres;
@@ -43,6 +43,8 @@ pub struct Order {
     pub beyond_retention: bool,
     /// Even those that were applied; the letters are then asked for by id.
     pub force: bool,
+    /// As [`crate::broker::desk::Desk::open`] has it.
+    pub despite_limit: bool,
     /// Letters are given back and taken anew after this time, because the broker
     /// closes a channel that holds one for too long.
     pub hold: Duration,
@@ -77,6 +79,8 @@ pub enum Hindrance {
 pub struct Line {
     /// Its id, if it has a usable one.
     pub message_id: Option<String>,
+    /// SHA-256 of its body, in hex.
+    pub fingerprint: String,
     /// Where it stood.
     pub standing: Standing,
     /// What became of it.
@@ -99,6 +103,8 @@ pub struct Report {
     pub replayed: u64,
     /// Applied before, and gone from the dead-letter queue.
     pub acknowledged: u64,
+    /// Ids whose ledger row was forgotten.
+    pub forgotten: u64,
     /// Published without an answer: they may be in both queues.
     pub unconfirmed: u64,
     /// Left for where they stand.
@@ -155,26 +161,47 @@ pub enum Cut {
         /// The commonest errors.
         troubles: Vec<(Trouble, u64)>,
     },
-    /// The database, which holds ledger and lock.
-    #[error("{0}")]
-    Ledger(#[from] postgres::Error),
-    /// The dead-letter queue.
-    #[error("{0}")]
-    Desk(#[from] DeskError),
-    /// The connection that publishes.
-    #[error("{0}")]
+    /// The dead-letter queue, or the database that holds ledger and lock.
+    #[error(transparent)]
+    Desk(#[from] desk::Trouble),
+    /// There is no connection to publish on.
+    #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// A message could not be handed to the broker.
-    #[error("{0}")]
+    /// A letter could not be handed to the broker.
+    #[error(transparent)]
     Publish(#[from] PublishError),
-    /// Redis, where a mark had to be taken away.
-    #[error("Redis does not answer, and its mark on {id} has to go: {cause}")]
+    /// The connection that publishes is gone.
+    #[error("lost the connection to the broker: {cause}")]
+    Lost {
+        /// The broker's or the socket's words.
+        cause: String,
+    },
+    /// The broker confirms nothing.
+    #[error(
+        "the broker confirmed nothing within {within:?}\n  hint: is there an alarm on it, or is \
+         the queue without a leader?"
+    )]
+    Unconfirmed {
+        /// How long it was waited for.
+        within: Duration,
+    },
+    /// Redis, where a mark has to be taken away.
+    #[error(
+        "Redis does not answer, and what it says of {id} has to go: {cause}\n  hint: run it again \
+         when Redis is back"
+    )]
     Claims {
         /// Of which id.
         id: String,
         /// Redis's words.
         cause: String,
     },
+}
+
+impl From<postgres::Error> for Cut {
+    fn from(error: postgres::Error) -> Self {
+        Self::Desk(error.into())
+    }
 }
 
 fn canary_text(outcome: &Outcome, abort_at: u8, troubles: &[(Trouble, u64)]) -> String {

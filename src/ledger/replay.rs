@@ -6,6 +6,8 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
+use super::Registration;
+use super::desk::{self, ActionId, Key};
 use crate::message::{Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
 
@@ -54,6 +56,44 @@ pub struct LastFailure {
     pub code: Option<String>,
     /// The error for humans, its first 300 characters.
     pub error: String,
+}
+
+/// Which ledger this is, and what `consumer` is called in it.
+///
+/// # Errors
+///
+/// When the server refuses or cannot be asked.
+pub fn registration(session: &mut Session, consumer: &str) -> Result<Registration, Error> {
+    super::register(session, consumer)
+}
+
+/// Forgets the ledger row of `letter`'s id, and writes down that `action` does;
+/// both or neither. Whether there was a row.
+///
+/// # Errors
+///
+/// When it is not forgotten, or not known to be: then nothing may be published.
+pub fn forget(session: &mut Session, action: ActionId, letter: Key<'_>) -> Result<bool, Error> {
+    session.execute("BEGIN ISOLATION LEVEL READ COMMITTED")?;
+    let forgotten = session.run(async |connection| {
+        desk::note_in(&mut *connection, action, &[letter]).await?;
+        let gone = sqlx::query(
+            "DELETE FROM ackonce.ledger WHERE consumer_id = $1 AND message_id = $2",
+        )
+        .bind(action.consumer_id())
+        .bind(letter.0)
+        .execute(connection)
+        .await?;
+        Ok(gone.rows_affected() > 0)
+    });
+    match forgotten {
+        Ok(forgotten) => session.execute("COMMIT").map(|()| forgotten),
+        Err(error) => {
+            // A session that cannot roll back is of no use, and ends with that.
+            session.execute("ROLLBACK").ok();
+            Err(error)
+        }
+    }
 }
 
 /// What is known of each of `asked`, in their order.
