@@ -2,10 +2,12 @@
 //! none with logic of its own.
 
 pub mod check;
+pub mod filters;
 pub mod ledger;
 pub mod migrate;
 pub mod publish;
 pub mod run;
+pub mod terminal;
 pub mod why;
 
 use std::io::Write;
@@ -86,7 +88,7 @@ pub enum Command {
 }
 
 /// Where the configuration is.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ConfigArgument {
     /// Configuration file
     #[arg(
