@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use common::letters::{header, judged, kill_messages, mend, wait_for_letters};
 use common::{
     Config, Consumer, Ended, Msg, ORDERS, ORDERS_DEAD, Proxy, Tool, World, eventually, numbered,
-    numbered_ids,
+    numbered_ids, random,
 };
 
 fn replay(world: &World, config: &Config, arguments: &[&str]) -> Ended {
@@ -88,18 +88,26 @@ fn killed_twenty_times(queue_type: &str, dead_letters: &str) {
     kill_messages(&world, &config, 1_000);
     mend(&world);
     let daemon = world.run(&config);
-    let steps = ["ReplayTaken", "ReplaySent", "ReplayConfirmed", "ReplayAcked"];
+    let steps = [
+        "ReplayTaken",
+        "ReplaySent",
+        "ReplayConfirmed",
+        "ReplayAcked",
+    ];
     for round in 0..20 {
         // Anywhere among the next hundred letters; of those taken, any chunk.
         let hit = match steps[round % 4] {
             "ReplayTaken" => 1 + round / 8,
-            _ => 1 + common::random() as usize % 60,
+            _ => 1 + random() as usize % 60,
         };
         tool(&world, &config, &["--yes"])
             .dies_at(steps[round % 4], hit)
             .run()
             .expect_killed();
-        assert!(letters_left(&world) > 0, "killed before its end in round {round}");
+        assert!(
+            letters_left(&world) > 0,
+            "killed before its end in round {round}"
+        );
     }
     let last = replay(&world, &config, &["--yes", "--json"]).expect(0);
     let report = summary(&last);
@@ -131,7 +139,10 @@ fn what_is_in_both_queues_after_a_crash_is_only_acknowledged_by_the_next_replay(
         .run()
         .expect_killed();
     assert_eq!(letters_left(&world), 10, "not one was acknowledged");
-    assert!(world.broker.ready(ORDERS) >= 1, "one was published at least");
+    assert!(
+        world.broker.ready(ORDERS) >= 1,
+        "one was published at least"
+    );
     world.drain(&config, ORDERS);
     let applied = world.db.effect_count();
     assert!((1..=10).contains(&applied));
@@ -149,13 +160,17 @@ fn what_fails_again_is_not_taken_again_by_the_same_replay() {
     kill_messages(&world, &config, 300);
     // The cause is not mended: with a daemon at work all of them come back.
     let daemon = world.run(&config);
-    let report = summary(&replay(&world, &config, &["--yes", "--json", "--rate", "200/s"]).expect(0));
+    let report =
+        summary(&replay(&world, &config, &["--yes", "--json", "--rate", "200/s"]).expect(0));
     assert_eq!(report["depth"], 300, "{report}");
     assert_eq!(report["replayed"], 300, "{report}");
     wait_for_letters(&world, 300);
     daemon.stop();
     let letters = world.broker.dead(ORDERS_DEAD);
-    let replays: BTreeSet<_> = letters.iter().map(|l| header(l, "ackonce-replays")).collect();
+    let replays: BTreeSet<_> = letters
+        .iter()
+        .map(|l| header(l, "ackonce-replays"))
+        .collect();
     assert_eq!(replays, BTreeSet::from([Some("1".to_owned())]), "each once");
     assert_eq!(world.db.effect_count(), 0);
 }
@@ -173,7 +188,9 @@ fn a_replayed_message_has_all_its_attempts_again_and_its_handler_sees_what_it_sa
          return ''; end $$",
     );
     for (queue_type, dead_letters) in [("quorum", "reject"), ("classic", "publish")] {
-        world.db.execute("truncate seen; alter sequence tries restart");
+        world
+            .db
+            .execute("truncate seen; alter sequence tries restart");
         let name = format!("c-{queue_type}");
         let consumer = Consumer::new(&name)
             .set("topology.queue_type", queue_type)
@@ -189,22 +206,34 @@ fn a_replayed_message_has_all_its_attempts_again_and_its_handler_sees_what_it_sa
         let daemon = world.run(&config);
         let message = Msg::new("one")
             .header("mine", AmqpValue::ShortInt(7))
-            .header("CC", AmqpValue::FieldArray(vec![AmqpValue::LongString("order.cc".into())]))
+            .header(
+                "CC",
+                AmqpValue::FieldArray(vec![AmqpValue::LongString("order.cc".into())]),
+            )
             .properties(|p: AmqpProperties| {
-                p.with_type_("t".to_owned()).with_user_id("guest".to_owned())
+                p.with_type_("t".to_owned())
+                    .with_user_id("guest".to_owned())
             });
         world.broker.publish("shop", "order.new", [message]);
         let dead = format!("{name}.dead");
         eventually("it is dead", || world.broker.ready(&dead) == 1);
-        Tool::new(&world, &config, &["replay", &name, "--yes"]).run().expect(0);
-        eventually("it is applied", || world.db.count("select count(*) from seen") == 1);
+        Tool::new(&world, &config, &["replay", &name, "--yes"])
+            .run()
+            .expect(0);
+        eventually("it is applied", || {
+            world.db.count("select count(*) from seen") == 1
+        });
         daemon.stop();
         let row = world.db.texts(
             "select concat_ws('|', message_id, exchange, routing_key, attempt, headers) from seen",
         );
         // Three attempts, dead; two more that fail, and the third succeeds.
         let headers = r#"{"CC": ["order.cc"], "mine": 7}"#;
-        assert_eq!(row, [format!("one|shop|order.new|3|{headers}")], "{queue_type}");
+        assert_eq!(
+            row,
+            [format!("one|shop|order.new|3|{headers}")],
+            "{queue_type}"
+        );
         assert!(world.broker.is_empty(&dead));
     }
 }
@@ -229,11 +258,26 @@ fn a_letter_keeps_its_properties_and_loses_what_daemon_and_broker_wrote_on_it() 
     for (time, count) in [("first", "1"), ("second", "2")] {
         replay(&world, &config, &["--yes"]).expect(0);
         let sent = world.broker.take(ORDERS).remove(0);
-        assert_eq!(header(&sent, "ackonce-replays").as_deref(), Some(count), "{time}");
-        let names: BTreeSet<String> = sent.properties.headers().clone().unwrap().into_keys().collect();
+        assert_eq!(
+            header(&sent, "ackonce-replays").as_deref(),
+            Some(count),
+            "{time}"
+        );
+        let names: BTreeSet<String> = sent
+            .properties
+            .headers()
+            .clone()
+            .unwrap()
+            .into_keys()
+            .collect();
         let expected = [
-            "ackonce-exchange", "ackonce-replay", "ackonce-replayed-at", "ackonce-replays",
-            "ackonce-routing-key", "list", "u8",
+            "ackonce-exchange",
+            "ackonce-replay",
+            "ackonce-replayed-at",
+            "ackonce-replays",
+            "ackonce-routing-key",
+            "list",
+            "u8",
         ];
         assert_eq!(names, expected.map(str::to_owned).into());
         let p = &sent.properties;
@@ -244,7 +288,12 @@ fn a_letter_keeps_its_properties_and_loses_what_daemon_and_broker_wrote_on_it() 
         assert_eq!(sent.body, br#"{"id":"m-1"}"#);
         if time == "first" {
             let again = Msg::new("m-1").properties(|_| sent.properties.clone());
-            let again = sent.properties.headers().clone().unwrap().into_iter()
+            let again = sent
+                .properties
+                .headers()
+                .clone()
+                .unwrap()
+                .into_iter()
                 .fold(again, |message, (name, value)| message.header(&name, value));
             let daemon = world.run(&config);
             world.broker.send(ORDERS, [again]);
@@ -265,7 +314,9 @@ fn a_second_replay_of_the_same_consumer_is_refused_until_the_first_has_ended() {
         .pauses_at("ReplaySent", 1, &gate)
         .start();
     gate.wait_until_hit();
-    replay(&world, &config, &["--yes"]).expect(75).says(&["orders"]);
+    replay(&world, &config, &["--yes"])
+        .expect(75)
+        .says(&["orders"]);
     gate.open();
     first.wait().expect(0);
     replay(&world, &config, &["--yes"]).expect(0);
@@ -337,8 +388,12 @@ fn a_letter_whose_origin_is_gone_stays_and_another_way_is_named() {
         durable: true,
         ..ExchangeDeclareOptions::default()
     };
-    channel.exchange_declare(ExchangeType::Fanout, "shop", durable()).unwrap();
-    channel.queue_bind(ORDERS, "shop", "", FieldTable::new()).unwrap();
+    channel
+        .exchange_declare(ExchangeType::Fanout, "shop", durable())
+        .unwrap();
+    channel
+        .queue_bind(ORDERS, "shop", "", FieldTable::new())
+        .unwrap();
     world.db.execute("insert into cause values ('again')");
     let daemon = world.run(&config);
     world.broker.publish("shop", "k", numbered("mx", 2));
@@ -348,12 +403,17 @@ fn a_letter_whose_origin_is_gone_stays_and_another_way_is_named() {
     channel.exchange_delete("shop", false).unwrap();
     let gone = replay(&world, &config, &["--yes", "--json", "--to-origin"]).expect(1);
     let report = summary(&gone);
-    assert_eq!(report["replayed"], 2, "{report}: those of the default exchange");
+    assert_eq!(
+        report["replayed"], 2,
+        "{report}: those of the default exchange"
+    );
     assert_eq!(report["hindered"]["unroutable"], 2, "{report}");
     gone.says(&["shop", "--to-queue"]);
     assert_eq!(letters_left(&world), 2);
     // It is there again, and leads nowhere.
-    channel.exchange_declare(ExchangeType::Fanout, "shop", durable()).unwrap();
+    channel
+        .exchange_declare(ExchangeType::Fanout, "shop", durable())
+        .unwrap();
     let nowhere = replay(&world, &config, &["--yes", "--json", "--to-origin"]).expect(1);
     assert_eq!(summary(&nowhere)["hindered"]["unroutable"], 2);
     assert_eq!(letters_left(&world), 2);
@@ -369,11 +429,18 @@ fn by_default_no_other_queue_gets_a_message_again() {
     let config = judged(&world, "quorum", "reject");
     world.prepare(&config);
     let channel = world.broker.channel();
-    let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    channel.exchange_declare(ExchangeType::Fanout, "shop", durable).unwrap();
+    let durable = ExchangeDeclareOptions {
+        durable: true,
+        ..ExchangeDeclareOptions::default()
+    };
+    channel
+        .exchange_declare(ExchangeType::Fanout, "shop", durable)
+        .unwrap();
     world.broker.declare("audit");
     for queue in [ORDERS, "audit"] {
-        channel.queue_bind(queue, "shop", "", FieldTable::new()).unwrap();
+        channel
+            .queue_bind(queue, "shop", "", FieldTable::new())
+            .unwrap();
     }
     let daemon = world.run(&config);
     world.broker.publish("shop", "k", numbered("m", 3));
@@ -397,13 +464,19 @@ fn letters_without_a_usable_id_go_only_where_they_are_sent_by_hand() {
     let world = World::new();
     let config = judged(&world, "quorum", "reject");
     let daemon = world.run(&config);
-    world.broker.send(ORDERS, [Msg::anonymous().body("x"), Msg::new("m-0")]);
+    world
+        .broker
+        .send(ORDERS, [Msg::anonymous().body("x"), Msg::new("m-0")]);
     wait_for_letters(&world, 2);
     daemon.stop();
     mend(&world);
     let left = replay(&world, &config, &["--yes", "--json"]).expect(1);
     let report = summary(&left);
-    assert_eq!((&report["replayed"], &report["left"]["no-id"]), (&1.into(), &1.into()), "{report}");
+    assert_eq!(
+        (&report["replayed"], &report["left"]["no-id"]),
+        (&1.into(), &1.into()),
+        "{report}"
+    );
     assert_eq!(letters_left(&world), 1);
     world.broker.declare("bench");
     replay(&world, &config, &["--yes", "--to", "/bench"]).expect(0);
@@ -420,7 +493,10 @@ fn a_full_work_queue_refuses_and_the_letter_stays() {
     let channel = world.broker.channel();
     let arguments = FieldTable::from([
         ("x-max-length".to_owned(), AmqpValue::LongLongInt(1)),
-        ("x-overflow".to_owned(), AmqpValue::LongString("reject-publish".to_owned())),
+        (
+            "x-overflow".to_owned(),
+            AmqpValue::LongString("reject-publish".to_owned()),
+        ),
     ]);
     let options = amiquip::QueueDeclareOptions {
         durable: true,
@@ -454,7 +530,15 @@ fn nothing_moves_without_a_yes_or_with_arguments_that_contradict() {
         &["--yes", "--limit", "0"],
         &["--yes", "--because", "x"],
         &["--yes", "--force-reprocess", "m-0"],
-        &["--yes", "--force-reprocess", "m-0", "--because", "x", "--limit", "1"],
+        &[
+            "--yes",
+            "--force-reprocess",
+            "m-0",
+            "--because",
+            "x",
+            "--limit",
+            "1",
+        ],
         &["--yes", "--force-reprocess", "m-0", "--because", " "],
     ] {
         replay(&world, &config, nonsense).expect(2);

@@ -2,10 +2,12 @@
 //! none with logic of its own.
 
 pub mod check;
+mod desk;
 pub mod filters;
 pub mod ledger;
 pub mod migrate;
 pub mod publish;
+pub mod replay;
 pub mod run;
 pub mod terminal;
 pub mod why;
@@ -83,6 +85,8 @@ pub enum Command {
     Ledger(ledger::Arguments),
     /// Tell what became of one message
     Why(why::Arguments),
+    /// Publish dead letters again, each confirmed before it leaves their queue
+    Replay(replay::Arguments),
     /// Publish messages, each confirmed by the broker: for tests and repairs
     Publish(publish::Arguments),
 }
@@ -143,6 +147,7 @@ pub fn main() -> Exit {
         Command::Migrate(arguments) => migrate::run(&arguments),
         Command::Ledger(arguments) => ledger::run(&arguments),
         Command::Why(arguments) => why::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
         Command::Publish(arguments) => publish::run(&arguments),
     };
     result.unwrap_or_else(|exit| exit)

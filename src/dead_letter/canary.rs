@@ -129,7 +129,11 @@ mod tests {
     use super::*;
 
     fn canary(first: u64, abort_at: u8) -> Canary {
-        Canary { first, abort_at, wait: Duration::ZERO }
+        Canary {
+            first,
+            abort_at,
+            wait: Duration::ZERO,
+        }
     }
 
     fn dead(error: &str) -> Fate {
@@ -160,12 +164,22 @@ mod tests {
 
     #[test]
     fn the_commonest_troubles_come_first() {
-        let fates = [dead("a"), dead("b"), dead("b"), Fate::Applied, Fate::Unknown, dead("c")];
+        let fates = [
+            dead("a"),
+            dead("b"),
+            dead("b"),
+            Fate::Applied,
+            Fate::Unknown,
+            dead("c"),
+        ];
         let found = commonest(&fates, 2);
         let shown: Vec<_> = found.iter().map(|(t, n)| (t.error.as_str(), *n)).collect();
         assert_eq!(shown, [("b", 2), ("a", 1)]);
         let mut outcome = Outcome::default();
         outcome.add(&fates);
-        assert_eq!((outcome.replayed, outcome.applied, outcome.not_applied()), (6, 1, 5));
+        assert_eq!(
+            (outcome.replayed, outcome.applied, outcome.not_applied()),
+            (6, 1, 5)
+        );
     }
 }

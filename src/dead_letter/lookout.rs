@@ -8,6 +8,7 @@ use super::plan::{self, Facts, Verdict};
 use crate::claim::desk::{Inspector, Seized};
 use crate::config::checked;
 use crate::identity;
+use crate::ledger::Registration;
 use crate::ledger::replay::{self, Asked, Known};
 use crate::message::{DeadReason, Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
@@ -28,22 +29,22 @@ pub struct Lookout<'a> {
     consumer: &'a checked::Consumer,
     consumer_id: i16,
     retention: Duration,
+    uses_redis: bool,
     /// `None` when Redis is not used, or does not answer.
     claims: Option<Inspector>,
 }
 
 impl<'a> Lookout<'a> {
-    /// For `consumer`, which the ledger with the id `ledger_id` knows by
-    /// `consumer_id`. Without Redis it goes on, and says so: what is in work at
-    /// the moment is then not told apart from what is not.
+    /// For `consumer`, by what the ledger knows it. Without Redis it goes on,
+    /// and says so: what is in work at the moment is then not told apart from
+    /// what is not.
     #[must_use]
     pub fn new(
         config: &checked::Config,
         consumer: &'a checked::Consumer,
-        ledger_id: &str,
-        consumer_id: i16,
+        known: &Registration,
     ) -> Self {
-        let open = |redis| Inspector::open(redis, consumer, ledger_id);
+        let open = |redis| Inspector::open(redis, consumer, &known.ledger_id);
         let claims = match config.redis.as_ref().map(open).transpose() {
             Ok(claims) => claims,
             Err(error) => {
@@ -53,16 +54,11 @@ impl<'a> Lookout<'a> {
         };
         Self {
             consumer,
-            consumer_id,
+            consumer_id: known.consumer_id,
             retention: config.ledger.retention,
+            uses_redis: config.redis.is_some(),
             claims,
         }
-    }
-
-    /// Whether Redis can be asked, or is not used.
-    #[must_use]
-    pub fn sees_claims(&self) -> bool {
-        self.claims.is_some()
     }
 
     /// Where each of `letters` stands, in their order.
@@ -140,6 +136,7 @@ impl<'a> Lookout<'a> {
     pub fn seize(&mut self, id: &MessageId) -> anyhow::Result<Option<Option<Seized>>> {
         match &mut self.claims {
             Some(claims) => Ok(claims.seize(id)?.map(Some)),
+            None if self.uses_redis => Err(anyhow::anyhow!("it did not answer before")),
             None => Ok(Some(None)),
         }
     }

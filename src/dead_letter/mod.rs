@@ -4,7 +4,7 @@
 //! letter with the failure journal, and leaves the queue as it was except for
 //! what was acked. [`filter`] picks letters. [`replay`] publishes them again:
 //! [`lookout`] finds out where each stands, [`plan`] says what that comes to,
-//! [`republish`] what it carries, [`pace`] and [`canary`] how fast and how far.
+//! [`survey`] tells it beforehand, [`republish`] knows what a letter carries, [`pace`] and [`canary`] how fast and how far.
 
 pub mod canary;
 pub mod desk;
@@ -15,4 +15,5 @@ pub mod pace;
 pub mod plan;
 pub mod replay;
 pub mod republish;
+pub mod survey;
 pub mod time;

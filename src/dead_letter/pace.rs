@@ -33,7 +33,9 @@ impl FromStr for Rate {
             .parse::<NonZeroU32>()
             .ok()
             .filter(|count| count.get() <= COUNT_MAX)
-            .ok_or(format!("a rate is a number from 1 to {COUNT_MAX}, such as 100/s"))?;
+            .ok_or(format!(
+                "a rate is a number from 1 to {COUNT_MAX}, such as 100/s"
+            ))?;
         let per = Duration::from_secs(per);
         Ok(Self { count, per })
     }
@@ -117,10 +119,10 @@ impl Pace {
     /// How many letters to look up at once, at most `most`: those of about a
     /// second, so that what was looked up is not stale when its turn comes.
     #[must_use]
-    pub fn chunk(&self, most: usize) -> usize {
+    pub fn chunk(&self, most: u64) -> u64 {
         let Some(rate) = self.rate else { return most };
         let a_second = u64::from(rate.count.get()) / rate.per.as_secs().max(1);
-        usize::try_from(a_second).unwrap_or(most).clamp(1, most)
+        a_second.clamp(1, most.max(1))
     }
 }
 
@@ -132,11 +134,32 @@ mod tests {
 
     #[test]
     fn a_rate_is_a_number_and_a_unit() {
-        for (text, count, per) in [("100", 100, 1), ("100/s", 100, 1), ("30/m", 30, 60), ("1/h", 1, 3_600)] {
+        for (text, count, per) in [
+            ("100", 100, 1),
+            ("100/s", 100, 1),
+            ("30/m", 30, 60),
+            ("1/h", 1, 3_600),
+        ] {
             let rate: Rate = text.parse().unwrap();
-            assert_eq!((rate.count.get(), rate.per.as_secs()), (count, per), "{text}");
+            assert_eq!(
+                (rate.count.get(), rate.per.as_secs()),
+                (count, per),
+                "{text}"
+            );
         }
-        for text in ["", "0", "0/s", "-1", "1.5/s", "100/d", "100/", "/s", "100 /s", "100001", "99999999999"] {
+        for text in [
+            "",
+            "0",
+            "0/s",
+            "-1",
+            "1.5/s",
+            "100/d",
+            "100/",
+            "/s",
+            "100 /s",
+            "100001",
+            "99999999999",
+        ] {
             assert!(text.parse::<Rate>().is_err(), "{text:?}");
         }
     }

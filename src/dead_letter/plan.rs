@@ -87,7 +87,10 @@ pub struct Verdict {
 #[must_use]
 pub fn judge(facts: &Facts, retention: Duration) -> Verdict {
     let (standing, why) = if let Some(reason) = facts.unusable {
-        (Standing::NoId, format!("{reason}: it would be rejected again"))
+        (
+            Standing::NoId,
+            format!("{reason}: it would be rejected again"),
+        )
     } else if let Some(applied) = facts.applied {
         match applied == facts.fingerprint {
             true => (
@@ -187,9 +190,18 @@ mod tests {
     fn what_the_ledger_has_is_known_whatever_else_is_said() {
         for age in [None, Some(DAY), Some(300 * DAY)] {
             for (claimed, waits) in [(false, false), (true, false), (false, true)] {
-                let applied = Facts { applied: Some(OURS), claimed, waits, age, ..fresh() };
+                let applied = Facts {
+                    applied: Some(OURS),
+                    claimed,
+                    waits,
+                    age,
+                    ..fresh()
+                };
                 assert_eq!(standing(&applied), Standing::AlreadyApplied);
-                let other = Facts { applied: Some(OTHER), ..applied };
+                let other = Facts {
+                    applied: Some(OTHER),
+                    ..applied
+                };
                 assert_eq!(standing(&other), Standing::IdConflict);
             }
         }
@@ -208,8 +220,20 @@ mod tests {
 
     #[test]
     fn a_claim_and_a_waiting_copy_mean_that_it_is_in_progress() {
-        assert_eq!(standing(&Facts { claimed: true, ..fresh() }), Standing::InProgress);
-        assert_eq!(standing(&Facts { waits: true, ..fresh() }), Standing::InProgress);
+        assert_eq!(
+            standing(&Facts {
+                claimed: true,
+                ..fresh()
+            }),
+            Standing::InProgress
+        );
+        assert_eq!(
+            standing(&Facts {
+                waits: true,
+                ..fresh()
+            }),
+            Standing::InProgress
+        );
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub use engine::{Tools, run};
 
 use super::canary::{Canary, Outcome, Trouble};
 use super::desk;
+use super::letter::PRINT_PREFIX;
 use super::pace::Rate;
 use super::plan::Standing;
 use super::republish::Destination;
@@ -74,11 +75,23 @@ pub enum Hindrance {
     Unfit,
 }
 
+impl Hindrance {
+    /// The name, as shown and as in JSON.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unroutable => "unroutable",
+            Self::Refused => "refused",
+            Self::Unfit => "unfit",
+        }
+    }
+}
+
 /// One letter and what became of it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Line {
     /// Its id, if it has a usable one.
-    pub message_id: Option<String>,
+    pub id: Option<String>,
     /// SHA-256 of its body, in hex.
     pub fingerprint: String,
     /// Where it stood.
@@ -127,20 +140,22 @@ impl Report {
     }
 }
 
+impl Line {
+    /// What to call it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match &self.id {
+            Some(id) => id.clone(),
+            None => format!("{PRINT_PREFIX}{:.16}", self.fingerprint),
+        }
+    }
+}
+
 /// Told while it goes on.
 #[derive(Debug)]
 pub enum Event<'a> {
-    /// The queue is open: so many letters are looked at.
-    Opened {
-        /// How many.
-        depth: u64,
-        /// How many other consumers the queue has.
-        others: u32,
-    },
     /// A letter is dealt with.
     Letter(&'a Line),
-    /// Waits for the fate of what was replayed.
-    Waiting(&'a Outcome),
     /// A step of the canary is over.
     Step(&'a Outcome),
 }

@@ -69,10 +69,7 @@ pub fn outbound(
     queue: &str,
     stamp: Stamp<'_>,
 ) -> Outbound {
-    let mut properties = properties
-        .clone()
-        .without_journey()
-        .moved_aside(stamp.user);
+    let mut properties = properties.clone().without_journey().moved_aside(stamp.user);
     for header in [ATTEMPTS_HEADER, REASON_HEADER] {
         properties.remove_header(header);
     }
@@ -173,12 +170,21 @@ mod tests {
     #[test]
     fn to_the_work_queue_it_begins_anew_and_remembers_its_origin() {
         let first = outbound(&dead(), ORIGIN, &Destination::Queue, "orders", STAMP);
-        assert_eq!((first.exchange.as_str(), first.routing_key.as_str()), ("", "orders"));
+        assert_eq!(
+            (first.exchange.as_str(), first.routing_key.as_str()),
+            ("", "orders")
+        );
         assert_eq!(
             names(&first),
             [
-                "ackonce-cc", "ackonce-exchange", "ackonce-replay", "ackonce-replayed-at",
-                "ackonce-replays", "ackonce-routing-key", "ackonce-user-id", "mine",
+                "ackonce-cc",
+                "ackonce-exchange",
+                "ackonce-replay",
+                "ackonce-replayed-at",
+                "ackonce-replays",
+                "ackonce-routing-key",
+                "ackonce-user-id",
+                "mine",
             ]
         );
         let header = |name: &str| first.properties.header(name).cloned();
@@ -189,8 +195,17 @@ mod tests {
         assert_eq!(header("mine"), Some(Field::Uint8(1)));
         assert_eq!(first.properties.message_id.as_deref(), Some("m"));
         assert_eq!(first.properties.user_id, None);
-        let again = outbound(&first.properties, ORIGIN, &Destination::Queue, "orders", STAMP);
-        assert_eq!(again.properties.header(REPLAYS_HEADER), Some(&Field::Int64(2)));
+        let again = outbound(
+            &first.properties,
+            ORIGIN,
+            &Destination::Queue,
+            "orders",
+            STAMP,
+        );
+        assert_eq!(
+            again.properties.header(REPLAYS_HEADER),
+            Some(&Field::Int64(2))
+        );
     }
 
     #[test]
@@ -198,10 +213,17 @@ mod tests {
         let copy = outbound(&dead(), ORIGIN, &Destination::Queue, "orders", STAMP).properties;
         for properties in [dead(), copy] {
             let sent = outbound(&properties, ORIGIN, &Destination::Origin, "orders", STAMP);
-            assert_eq!((sent.exchange.as_str(), sent.routing_key.as_str()), ("shop", "order.new"));
+            assert_eq!(
+                (sent.exchange.as_str(), sent.routing_key.as_str()),
+                ("shop", "order.new")
+            );
             let expected = [
-                "CC", "ackonce-replay", "ackonce-replayed-at", "ackonce-replays",
-                "ackonce-user-id", "mine",
+                "CC",
+                "ackonce-replay",
+                "ackonce-replayed-at",
+                "ackonce-replays",
+                "ackonce-user-id",
+                "mine",
             ];
             assert_eq!(names(&sent), expected);
         }

@@ -77,13 +77,12 @@ pub fn forget(session: &mut Session, action: ActionId, letter: Key<'_>) -> Resul
     session.execute("BEGIN ISOLATION LEVEL READ COMMITTED")?;
     let forgotten = session.run(async |connection| {
         desk::note_in(&mut *connection, action, &[letter]).await?;
-        let gone = sqlx::query(
-            "DELETE FROM ackonce.ledger WHERE consumer_id = $1 AND message_id = $2",
-        )
-        .bind(action.consumer_id())
-        .bind(letter.0)
-        .execute(connection)
-        .await?;
+        let gone =
+            sqlx::query("DELETE FROM ackonce.ledger WHERE consumer_id = $1 AND message_id = $2")
+                .bind(action.consumer_id())
+                .bind(letter.0)
+                .execute(connection)
+                .await?;
         Ok(gone.rows_affected() > 0)
     });
     match forgotten {

@@ -32,7 +32,7 @@ pub use proxy::{Cut, Proxy};
 pub use redis::Redis;
 pub use tool::{Ended, Running, Tool};
 pub use wait::{DEADLINE, eventually, try_eventually};
-pub use world::World;
+pub use world::{World, random};
 
 /// The consumer most tests run, and its queue.
 pub const ORDERS: &str = "orders";

@@ -189,4 +189,3 @@ impl Ended {
         self.out.lines().map(parse).collect()
     }
 }
-

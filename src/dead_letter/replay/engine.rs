@@ -119,10 +119,6 @@ pub fn run<'a>(
         depth: tools.desk.depth(),
         ..Report::default()
     };
-    tell(Event::Opened {
-        depth: tools.desk.depth(),
-        others: tools.desk.others(),
-    });
     let mut engine = Engine {
         order,
         config: tools.config,
@@ -184,7 +180,10 @@ impl<'a> Engine<'a> {
         if self.stop.is_set() {
             return Err(Cut::Stopped);
         }
-        let mut most = self.pace.chunk(LOOKED_UP).min(self.fates.room(self.published()));
+        let mut most = self
+            .pace
+            .chunk(LOOKED_UP)
+            .min(self.fates.room(self.published()));
         if let Some(limit) = self.order.limit {
             most = most.min(limit.saturating_sub(self.published()));
         }
@@ -195,7 +194,9 @@ impl<'a> Engine<'a> {
         if most == 0 || !self.refill()? {
             return Ok(None);
         }
-        let most = usize::try_from(most).unwrap_or(usize::MAX).min(self.pending.len());
+        let most = usize::try_from(most)
+            .unwrap_or(usize::MAX)
+            .min(self.pending.len());
         Ok(Some(self.pending.drain(..most).collect()))
     }
 
@@ -314,15 +315,9 @@ impl<'a> Engine<'a> {
         self.line(judged, Action::Left, Some(hindrance), why);
     }
 
-    fn line(
-        &mut self,
-        judged: &Judged,
-        action: Action,
-        hindrance: Option<Hindrance>,
-        why: String,
-    ) {
+    fn line(&mut self, judged: &Judged, action: Action, hindrance: Option<Hindrance>, why: String) {
         let line = Line {
-            message_id: judged.id.as_ref().map(ToString::to_string),
+            id: judged.id.as_ref().map(ToString::to_string),
             fingerprint: hex(&judged.fingerprint.0),
             standing: judged.verdict.standing,
             action,
@@ -358,7 +353,11 @@ impl<'a> Engine<'a> {
         match publisher.publish_whole(to, body, &outbound.properties) {
             Ok(seq) => {
                 self.pace.sent(Instant::now());
-                let out = Out { ticket, judged, route };
+                let out = Out {
+                    ticket,
+                    judged,
+                    route,
+                };
                 self.out.insert(seq, out);
                 failpoint::hit(Step::ReplaySent);
             }
@@ -389,7 +388,13 @@ impl<'a> Engine<'a> {
             routing_key,
         };
         let to = &self.order.destination;
-        Ok(republish::outbound(&letter.properties, origin, to, self.queue, stamp))
+        Ok(republish::outbound(
+            &letter.properties,
+            origin,
+            to,
+            self.queue,
+            stamp,
+        ))
     }
 
     fn publisher(&mut self) -> Result<&mut Publisher, Cut> {
@@ -555,7 +560,10 @@ const HINT: &str = "; --to-queue sends it to the consumer's work queue";
 fn route_text(outbound: &Outbound) -> String {
     match outbound.exchange.as_str() {
         "" => format!("queue {}", outbound.routing_key),
-        exchange => format!("exchange {exchange}, routing key {:?}", outbound.routing_key),
+        exchange => format!(
+            "exchange {exchange}, routing key {:?}",
+            outbound.routing_key
+        ),
     }
 }
 

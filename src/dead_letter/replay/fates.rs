@@ -126,7 +126,6 @@ impl Engine<'_> {
         let outcome = loop {
             self.look_at_fates()?;
             let outcome = self.fates.count();
-            (self.tell)(Event::Waiting(&outcome));
             let final_all = outcome.waiting + outcome.unknown == 0;
             let hopeless = !canary.tolerates(outcome.dead_again, outcome.replayed);
             let over = Instant::now() >= deadline;
