@@ -263,13 +263,9 @@ fn a_letter_keeps_its_properties_and_loses_what_daemon_and_broker_wrote_on_it() 
             Some(count),
             "{time}"
         );
-        let names: BTreeSet<String> = sent
-            .properties
-            .headers()
-            .clone()
-            .unwrap()
-            .into_keys()
-            .collect();
+        let names = sent.properties.headers().clone().unwrap().into_keys();
+        // The queue's own, since the test has taken it out.
+        let names: BTreeSet<String> = names.filter(|name| name != "x-delivery-count").collect();
         let expected = [
             "ackonce-exchange",
             "ackonce-replay",

@@ -19,6 +19,7 @@ use super::error::{ConnectError, LinkError, Stage};
 use super::outgoing::{self, Likener};
 pub use super::outgoing::{Outgoing, Unfit};
 use super::properties::Properties;
+use super::topology;
 use crate::config::checked::Broker;
 
 /// How long a dead connection has to say what it died of.
@@ -140,6 +141,27 @@ impl Publisher {
     #[must_use]
     pub fn user(&self) -> &str {
         &self.user
+    }
+
+    /// Whether there is an exchange of this name: a publish to one that is not
+    /// there ends the channel, and with it all that is unconfirmed.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::Lost`] when that cannot be found out.
+    pub fn has_exchange(&mut self, name: &str) -> Result<bool, PublishError> {
+        // Longer names end the connection.
+        if name.is_empty() || name.len() > outgoing::SHORT_STRING_MAX_BYTES {
+            return Ok(name.is_empty());
+        }
+        let found = match &mut self.live {
+            Some(live) => topology::has_exchange(&mut live.link, name, self.limits.wait),
+            None => return Err(self.lost_error()),
+        };
+        found.map_err(|error| PublishError::Lost {
+            address: self.address.clone(),
+            cause: error.to_string(),
+        })
     }
 
     /// Hands `message` to the broker, after waiting for room if too much is

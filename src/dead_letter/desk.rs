@@ -186,9 +186,9 @@ impl<'a> Desk<'a> {
         Ok(self.queue.give_back()?)
     }
 
-    /// Gives back every letter that was not acked and opens the queue anew, no
-    /// deeper than `depth`: before the broker takes back what is held for too
-    /// long. Nobody else can sit down in between.
+    /// Gives back every letter that was not acked and opens the queue anew, with
+    /// the depth it has by then: before the broker takes back what is held for
+    /// too long. Nobody else can sit down in between.
     ///
     /// # Errors
     ///
@@ -198,27 +198,28 @@ impl<'a> Desk<'a> {
         config: &Config,
         purpose: &str,
         despite_limit: bool,
-        depth: u64,
     ) -> Result<Self, Trouble> {
         self.queue.give_back()?;
         let name = &self.consumer.topology.dead_letter_queue;
         let purpose = format!("{} {purpose}", self.consumer.name);
-        let mut queue = desk::Desk::open(&config.broker, name, &purpose, despite_limit)?;
-        queue.no_deeper_than(depth);
+        let queue = desk::Desk::open(&config.broker, name, &purpose, despite_limit)?;
+        let read = 0;
         Ok(Self {
             queue,
-            read: 0,
+            read,
             ..self
         })
     }
 
-    /// Whether the broker has an exchange of this name.
+    /// As [`Desk::give_back`], but nobody else can sit down until the session
+    /// that is returned ends.
     ///
     /// # Errors
     ///
-    /// [`DeskError::Lost`] when it cannot be asked.
-    pub fn has_exchange(&mut self, name: &str) -> Result<bool, Trouble> {
-        Ok(self.queue.has_exchange(name)?)
+    /// [`DeskError::Lost`]: the letters come back all the same.
+    pub fn stay_seated(self) -> Result<Session, Trouble> {
+        self.queue.give_back()?;
+        Ok(self.session)
     }
 
     /// Writes down that an action begins.

@@ -95,8 +95,8 @@ pub fn verdicts(
     let ids: Vec<Option<&str>> = letters.iter().map(|(id, _)| *id).collect();
     let prints: Vec<&[u8]> = letters.iter().map(|(_, print)| &print.0[..]).collect();
     let rows = session.run(async |connection| {
-        // Both look-ups end in an index: by id, or by the body where there is
-        // no id. `id + 0`, so that the newest is not sought from the end of
+        // Both look-ups end in an index: by id, and by the body alone, since
+        // what was refused unread has no id in the journal. `id + 0`, so that the newest is not sought from the end of
         // the whole table.
         sqlx::query(
             "SELECT letter.number, (extract(epoch FROM failed_at) * 1000000)::int8, \
@@ -108,10 +108,10 @@ pub fn verdicts(
              WHERE row.consumer_id = (SELECT id FROM ackonce.consumer WHERE name = $1) \
              AND row.message_id = letter.message_id AND row.fingerprint = letter.fingerprint \
              AND row.reason IS NOT NULL ORDER BY row.id + 0 DESC LIMIT 1) UNION ALL \
-             (SELECT * FROM ackonce.failure AS row WHERE letter.message_id IS NULL \
-             AND row.consumer_id = (SELECT id FROM ackonce.consumer WHERE name = $1) \
+             (SELECT * FROM ackonce.failure AS row WHERE row.consumer_id = (SELECT id FROM ackonce.consumer WHERE name = $1) \
              AND row.message_id IS NULL AND row.fingerprint = letter.fingerprint \
-             AND row.reason IS NOT NULL ORDER BY row.id + 0 DESC LIMIT 1)) AS either) AS verdict",
+             AND row.reason IS NOT NULL ORDER BY row.id + 0 DESC LIMIT 1)) AS either \
+             ORDER BY message_id IS NULL LIMIT 1) AS verdict",
         )
         .bind(consumer)
         .bind(&numbers)

@@ -71,6 +71,12 @@ impl Management {
         }
     }
 
+    /// Removes `queue` of `vhost`.
+    pub fn delete_queue(&self, vhost: &str, queue: &str) {
+        let path = format!("/api/queues/{}/{}", encode(vhost), encode(queue));
+        self.expect("DELETE", &path, "");
+    }
+
     /// Names of the connections in `vhost`.
     pub fn connections(&self, vhost: &str) -> Vec<String> {
         let reply = self.get(&format!("/api/vhosts/{}/connections", encode(vhost)));

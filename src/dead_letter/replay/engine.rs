@@ -2,6 +2,7 @@
 //! confirm, acknowledges.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::fates::Fates;
@@ -54,6 +55,8 @@ pub(super) const PURPOSE: &str = "replay";
 /// A letter that was published and has no fate yet.
 struct Out {
     ticket: Ticket,
+    /// As it is known among those that are held.
+    alike: u64,
     judged: Judged,
     /// Whereto, for humans.
     route: String,
@@ -78,12 +81,14 @@ pub(super) struct Engine<'a> {
     pending: VecDeque<(Letter, Ticket)>,
     out: HashMap<Seq, Out>,
     exchanges: HashMap<String, bool>,
-    /// Letters that have left the queue; and those since it was opened anew.
-    gone: u64,
-    gone_here: u64,
-    /// Letters at the head of the queue that were dealt with, and left, before
-    /// it was opened anew.
-    seen: u64,
+    /// Letters of the frozen depth that were not read yet.
+    unread: u64,
+    /// Letters that were read and are still in the queue, by what is alike in
+    /// them, with how many are; and those of them that come once more, since
+    /// the queue was opened anew.
+    held: HashMap<u64, u32>,
+    again: HashMap<u64, u32>,
+    likeness: RandomState,
     pub(super) fates: Fates,
     pub(super) report: Report,
 }
@@ -135,9 +140,10 @@ pub fn run<'a>(
         pending: VecDeque::new(),
         out: HashMap::new(),
         exchanges: HashMap::new(),
-        gone: 0,
-        gone_here: 0,
-        seen: 0,
+        unread: report.depth,
+        held: HashMap::new(),
+        again: HashMap::new(),
+        likeness: RandomState::new(),
         fates: Fates::new(order.canary),
         report,
     };
@@ -204,6 +210,9 @@ impl<'a> Engine<'a> {
     /// none.
     fn refill(&mut self) -> Result<bool, Cut> {
         while self.pending.is_empty() {
+            if self.unread == 0 {
+                return Ok(false);
+            }
             if self.desk()?.held_for() > self.order.hold {
                 self.open_anew()?;
             }
@@ -213,18 +222,7 @@ impl<'a> Engine<'a> {
                 return Ok(false);
             }
             for (letter, ticket) in letters {
-                // Those that were left come first, in their order.
-                if self.seen > 0 {
-                    self.seen -= 1;
-                    continue;
-                }
-                let run = letter.properties.header(REPLAY_HEADER);
-                if run.and_then(|run| run.as_text()) == Some(&self.run) {
-                    // It was replayed a moment ago and has come back: here
-                    // begins what was not there at the start.
-                    continue;
-                }
-                if self.filter.matches(&letter) {
+                if self.is_new(&letter) && self.filter.matches(&letter) {
                     self.report.matched += 1;
                     self.pending.push_back((letter, ticket));
                 }
@@ -233,15 +231,34 @@ impl<'a> Engine<'a> {
         Ok(true)
     }
 
-    /// Gives back what is held, before the broker takes it.
+    /// Whether a letter was there at the start and was not read before.
+    fn is_new(&mut self, letter: &Letter) -> bool {
+        let run = letter.properties.header(REPLAY_HEADER);
+        if run.and_then(|run| run.as_text()) == Some(&self.run) {
+            // It was replayed a moment ago, and has come back.
+            return false;
+        }
+        let alike = self.likeness_of(letter);
+        *self.held.entry(alike).or_default() += 1;
+        if take_one(&mut self.again, alike) || self.unread == 0 {
+            return false;
+        }
+        self.unread -= 1;
+        true
+    }
+
+    fn likeness_of(&self, letter: &Letter) -> u64 {
+        self.likeness.hash_one((letter.fingerprint, &letter.id))
+    }
+
+    /// Gives back what is held, before the broker takes it. What was read and
+    /// left comes again then, in some order, with what has arrived since.
     fn open_anew(&mut self) -> Result<(), Cut> {
         self.drain()?;
         let desk = self.desk.take().ok_or_else(no_desk)?;
-        self.seen = desk.read().saturating_sub(self.gone_here);
-        self.gone_here = 0;
-        let left = self.report.depth.saturating_sub(self.gone);
         let despite = self.order.despite_limit;
-        self.desk = Some(desk.open_anew(self.config, PURPOSE, despite, left)?);
+        self.desk = Some(desk.open_anew(self.config, PURPOSE, despite)?);
+        self.again = std::mem::take(&mut self.held);
         Ok(())
     }
 
@@ -288,7 +305,7 @@ impl<'a> Engine<'a> {
                 self.leave(&judged);
                 Ok(())
             }
-            Way::Acknowledge => self.acknowledge(ticket, &judged),
+            Way::Acknowledge => self.acknowledge(&letter, ticket, &judged),
             Way::Publish => self.publish(letter, ticket, judged),
             Way::Forget => match self.forget(&letter, &judged)? {
                 true => self.publish(letter, ticket, judged),
@@ -302,8 +319,8 @@ impl<'a> Engine<'a> {
         self.line(judged, Action::Left, None, judged.verdict.why.clone());
     }
 
-    fn acknowledge(&mut self, ticket: Ticket, judged: &Judged) -> Result<(), Cut> {
-        self.ack(ticket)?;
+    fn acknowledge(&mut self, letter: &Letter, ticket: Ticket, judged: &Judged) -> Result<(), Cut> {
+        self.ack(ticket, self.likeness_of(letter))?;
         self.report.acknowledged += 1;
         let why = "it was applied before".to_owned();
         self.line(judged, Action::Acknowledged, None, why);
@@ -327,10 +344,9 @@ impl<'a> Engine<'a> {
         (self.tell)(Event::Letter(&line));
     }
 
-    fn ack(&mut self, ticket: Ticket) -> Result<(), Cut> {
+    fn ack(&mut self, ticket: Ticket, alike: u64) -> Result<(), Cut> {
         self.desk()?.ack(ticket)?;
-        self.gone += 1;
-        self.gone_here += 1;
+        take_one(&mut self.held, alike);
         Ok(())
     }
 
@@ -354,6 +370,7 @@ impl<'a> Engine<'a> {
             Ok(seq) => {
                 self.pace.sent(Instant::now());
                 let out = Out {
+                    alike: self.likeness_of(&letter),
                     ticket,
                     judged,
                     route,
@@ -413,7 +430,7 @@ impl<'a> Engine<'a> {
         if let Some(known) = self.exchanges.get(name) {
             return Ok(*known);
         }
-        let there = self.desk()?.has_exchange(name)?;
+        let there = self.publisher()?.has_exchange(name)?;
         if self.exchanges.len() >= EXCHANGES_MAX {
             self.exchanges.clear();
         }
@@ -496,7 +513,7 @@ impl<'a> Engine<'a> {
         match fate {
             Fate::Confirmed => {
                 failpoint::hit(Step::ReplayConfirmed);
-                if let Err(cut) = self.ack(out.ticket) {
+                if let Err(cut) = self.ack(out.ticket, out.alike) {
                     self.report.unconfirmed += 1;
                     return Err(cut);
                 }
@@ -565,6 +582,18 @@ fn route_text(outbound: &Outbound) -> String {
             outbound.routing_key
         ),
     }
+}
+
+/// One fewer of them; whether there was one.
+fn take_one(counts: &mut HashMap<u64, u32>, of: u64) -> bool {
+    let Some(count) = counts.get_mut(&of) else {
+        return false;
+    };
+    *count -= 1;
+    if *count == 0 {
+        counts.remove(&of);
+    }
+    true
 }
 
 fn no_desk() -> Cut {
