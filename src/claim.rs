@@ -14,6 +14,8 @@ mod link;
 mod renewal;
 mod switches;
 
+pub mod desk;
+
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 

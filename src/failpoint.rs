@@ -34,6 +34,18 @@ pub enum Step {
     Settled,
     /// Reasons stand in the failure journal, nothing rejected yet.
     Journaled,
+    /// A replay has taken letters and looked none up.
+    ReplayTaken,
+    /// A replay has handed a letter to the broker.
+    ReplaySent,
+    /// A replayed letter is confirmed, and not acknowledged.
+    ReplayConfirmed,
+    /// A replayed letter is acknowledged.
+    ReplayAcked,
+    /// A claim is seized so that its ledger row can be forgotten.
+    ForceSeized,
+    /// The ledger row is forgotten, the claim still held.
+    ForceForgotten,
 }
 
 /// Dies or waits here if a test asked for it.

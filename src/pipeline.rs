@@ -382,7 +382,7 @@ impl Worker {
                     item.on(Event::ClaimUnavailable);
                     recording.push(item);
                 }
-                Claim::Done(_) if self.shared.consumer.confirm_duplicates => {
+                Claim::Done(_) if self.must_confirm(&item) => {
                     item.on(Event::ClaimUnavailable);
                     recording.push(item);
                 }
@@ -395,6 +395,12 @@ impl Worker {
         }
         self.tokens.push(token);
         recording
+    }
+
+    /// Whether Redis is not believed when it calls a message done. The row that
+    /// a replayed one's mark speaks of may have been forgotten by an operator.
+    fn must_confirm(&self, item: &Item) -> bool {
+        self.shared.consumer.confirm_duplicates || item.delivery.message.replayed
     }
 
     fn ask_redis(&mut self, items: &[Item]) -> Option<(Token, Vec<Claim>)> {

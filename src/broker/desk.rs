@@ -26,6 +26,8 @@
 //! to have no limit. (`x-delivery-limit` -1 is no limit since 4.0; 3.10 takes
 //! it for a limit and drops what comes back once.)
 
+mod ticket;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -42,6 +44,9 @@ use super::topology::{self, PROBE_HEADER};
 use crate::config::checked;
 use crate::message::Message;
 use crate::stop::Stop;
+
+use ticket::Left;
+pub use ticket::Ticket;
 
 /// Longest wait for the broker's answer to one call.
 const CALL_WITHIN: Duration = Duration::from_secs(10);
@@ -154,15 +159,6 @@ fn minutes(held: Duration) -> String {
     format!("{} minutes", held.as_secs() / 60)
 }
 
-/// What acks one letter, at the desk that handed it out. Dropping it leaves the
-/// letter to go back to the queue.
-#[must_use = "a letter whose ticket is dropped goes back to the queue"]
-pub struct Ticket {
-    desk: u64,
-    chunk: usize,
-    shell: Box<amiquip::Delivery>,
-}
-
 /// One letter, as the queue handed it out.
 pub struct Handed {
     /// What acks it.
@@ -181,8 +177,10 @@ pub struct Handed {
 
 /// What one subscription took.
 struct Chunk {
-    /// The last delivery: it returns those before it too.
-    end: Box<amiquip::Delivery>,
+    /// The last delivery, which returns those before it too; `None` once it is
+    /// acked: then the last of those that were left does.
+    end: Option<Box<amiquip::Delivery>>,
+    left: Left,
     /// How many are neither acked nor returned.
     held: u32,
 }
@@ -322,13 +320,19 @@ impl Desk {
         if ticket.desk != self.number {
             return Err(self.lost("the letter was handed out by another desk"));
         }
+        let number = ticket.chunk;
+        let Some(shell) = ticket.redeem() else {
+            return Ok(());
+        };
+        let tag = shell.delivery_tag();
         let (link, channel) = self.parts()?;
         let watch = link.watch(CALL_WITHIN);
-        let acked = ticket.shell.ack(channel);
+        let acked = shell.ack(channel);
         drop(watch);
         acked.map_err(|error| self.lost(error))?;
-        if let Some(chunk) = self.chunks.get_mut(ticket.chunk) {
+        if let Some(chunk) = self.chunks.get_mut(number) {
             chunk.held = chunk.held.saturating_sub(1);
+            chunk.end.take_if(|end| end.delivery_tag() == tag);
         }
         Ok(())
     }
@@ -381,13 +385,14 @@ impl Desk {
 
     fn return_all(&mut self) -> Result<(), DeskError> {
         for chunk in std::mem::take(&mut self.chunks) {
-            if chunk.held == 0 {
+            let end = chunk.end.or_else(|| chunk.left.take());
+            let Some(end) = end.filter(|_| chunk.held > 0) else {
                 continue;
-            }
+            };
             let (ready, _) = self.count()?;
             let (link, channel) = self.parts()?;
             let watch = link.watch(CALL_WITHIN);
-            let returned = chunk.end.nack_multiple(channel, true);
+            let returned = end.nack_multiple(channel, true);
             drop(watch);
             returned.map_err(|error| self.lost(error))?;
             self.wait_for_ready(ready.saturating_add(chunk.held))?;
@@ -461,7 +466,8 @@ impl Desk {
             let mut end = last.clone();
             empty(&mut end);
             self.chunks.push(Chunk {
-                end: Box::new(end),
+                end: Some(Box::new(end)),
+                left: Left::default(),
                 held: u32::try_from(deliveries.len()).unwrap_or(u32::MAX),
             });
         }
@@ -572,9 +578,14 @@ impl Desk {
         let tag = delivery.delivery_tag();
         let channel = self.parts()?.1.channel_id();
         let repairs = self.repairs.take(channel, tag);
+        let chunk = self.chunks.len().saturating_sub(1);
+        let left = self.chunks.last().map(|chunk| chunk.left.clone());
+        let left = left.unwrap_or_default();
         let headers = delivery.properties.headers().as_ref();
         let header = |name: &str| headers.and_then(|headers| headers.get(name));
         if header(PROBE_HEADER).is_some() {
+            empty(&mut delivery);
+            left.leave(Box::new(delivery));
             return Ok(None);
         }
         let returns = header("x-delivery-count").map_or(0, |value| match value {
@@ -594,11 +605,7 @@ impl Desk {
         let routing_key = std::mem::take(&mut delivery.routing_key);
         empty(&mut delivery);
         Ok(Some(Handed {
-            ticket: Ticket {
-                desk: self.number,
-                chunk: self.chunks.len().saturating_sub(1),
-                shell: Box::new(delivery),
-            },
+            ticket: Ticket::new(self.number, chunk, Box::new(delivery), &left),
             message,
             exchange,
             routing_key,

@@ -19,6 +19,7 @@ use super::error::{ConnectError, LinkError, Stage};
 use super::outgoing::{self, Likener};
 pub use super::outgoing::{Outgoing, Unfit};
 use super::properties::Properties;
+use super::topology;
 use crate::config::checked::Broker;
 
 /// How long a dead connection has to say what it died of.
@@ -103,6 +104,7 @@ pub struct Publisher {
     reply: Option<u16>,
     address: String,
     server: usize,
+    user: String,
     book: Book,
     likener: Likener,
     limits: Limits,
@@ -134,6 +136,7 @@ impl Publisher {
     pub(super) fn dial(dial: Dial<'_>, limits: Limits) -> Result<Self, ConnectError> {
         let link = dial.open()?;
         let (address, server) = (link.address().to_string(), link.server());
+        let user = link.address().user.clone();
         let live = Live::start(link, dial.broker.connect_timeout)?;
         Ok(Self {
             live: Some(live),
@@ -141,9 +144,37 @@ impl Publisher {
             reply: None,
             address,
             server,
+            user,
             book: Book::default(),
             likener: Likener::default(),
             limits,
+        })
+    }
+
+    /// Who publishes: the broker takes no other `user_id`.
+    #[must_use]
+    pub fn user(&self) -> &str {
+        &self.user
+    }
+
+    /// Whether there is an exchange of this name: a publish to one that is not
+    /// there ends the channel, and with it all that is unconfirmed.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::Lost`] when that cannot be found out.
+    pub fn has_exchange(&mut self, name: &str) -> Result<bool, PublishError> {
+        // Longer names end the connection.
+        if name.is_empty() || name.len() > outgoing::SHORT_STRING_MAX_BYTES {
+            return Ok(name.is_empty());
+        }
+        let found = match &mut self.live {
+            Some(live) => topology::has_exchange(&mut live.link, name, self.limits.wait),
+            None => return Err(self.lost_error()),
+        };
+        found.map_err(|error| PublishError::Lost {
+            address: self.address.clone(),
+            cause: error.to_string(),
         })
     }
 
@@ -263,7 +294,8 @@ impl Publisher {
     /// True when it is lost because the broker will not have a message such as
     /// one of those that were unconfirmed then (406: longer than its
     /// `max_message_size`, or with a property it objects to).
-    pub(super) fn refused(&self) -> bool {
+    #[must_use]
+    pub fn refused(&self) -> bool {
         self.reply == Some(PRECONDITION_FAILED)
     }
 

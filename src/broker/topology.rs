@@ -164,6 +164,21 @@ pub(super) fn is_unlimited(link: &mut Link, queue: &str, within: Duration) -> bo
     alone(link, &action, within, |channel| part.declare(channel)).is_ok()
 }
 
+/// Whether there is an exchange of this name.
+pub(super) fn has_exchange(
+    link: &mut Link,
+    name: &str,
+    within: Duration,
+) -> Result<bool, TopologyError> {
+    let action = format!("find exchange {name}");
+    let find = |channel: &Channel| channel.exchange_declare_passive(name).map(drop);
+    match alone(link, &action, within, find) {
+        Ok(()) => Ok(true),
+        Err(TopologyError::Missing { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 fn declare_all<'a>(
     link: &mut Link,
     parts: impl IntoIterator<Item = Part<'a>>,

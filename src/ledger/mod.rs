@@ -8,6 +8,7 @@ pub mod desk;
 mod journal;
 mod keyed;
 pub mod prune;
+pub mod replay;
 mod schema;
 pub mod story;
 mod suspect;

@@ -14,6 +14,7 @@ mod broker;
 mod config;
 mod daemon;
 mod database;
+pub mod letters;
 mod library;
 mod management;
 pub mod program;
@@ -23,6 +24,7 @@ pub mod raw;
 mod receiver;
 mod redis;
 mod servers;
+mod tool;
 mod wait;
 pub mod wire;
 mod world;
@@ -38,9 +40,10 @@ pub use proxy::{Cut, Proxy};
 pub use receiver::{Answer, Receiver, Request};
 pub use redis::Redis;
 pub use servers::{PostgresServer, RedisServer};
+pub use tool::{Ended, Running, Tool};
 pub use wait::{DEADLINE, eventually, try_eventually};
 pub use wire::Wire;
-pub use world::World;
+pub use world::{World, random};
 
 /// The consumer most tests run, and its queue.
 pub const ORDERS: &str = "orders";
