@@ -16,6 +16,7 @@ use std::sync::Arc;
 use sqlx::{PgConnection, Row};
 
 use crate::config::checked;
+use crate::failpoint::{self, Mutant};
 use crate::failure::{Class, Failure};
 use crate::message::{Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
@@ -143,6 +144,12 @@ impl Ledger {
             let consumer_id = registration.consumer_id;
             let inserted = session
                 .run(async |connection| insert(connection, consumer_id, &ids, &prints).await)?;
+            if failpoint::mutant(Mutant::EffectOutside) {
+                session.execute("COMMIT; BEGIN")?;
+            }
+            if failpoint::mutant(Mutant::WithoutLedger) {
+                return Ok(vec![Record::Inserted; entries.len()]);
+            }
             if inserted.len() == entries.len() {
                 return Ok(vec![Record::Inserted; entries.len()]);
             }
@@ -186,6 +193,7 @@ impl Ledger {
     pub fn commit(&mut self) -> Result<(), CommitError> {
         match self.forgetting(|session, _| session.execute("COMMIT")) {
             Ok(()) => Ok(()),
+            Err(Error::Lost(_)) if failpoint::mutant(Mutant::TrustedCommit) => Ok(()),
             // A deferred constraint, a trigger or a serialization check: the
             // server has rolled back.
             Err(Error::Refused(failure)) if failure.class != Class::Systemic => {
