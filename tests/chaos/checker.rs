@@ -14,8 +14,8 @@ use crate::stage::{DEAD, QUEUE, RETRIES, Stage};
 /// How long the queues may take to drain once everything has healed.
 const DRAIN_WITHIN: Duration = Duration::from_secs(180);
 
-/// How long a quorum queue may take to hand a dead letter on.
-const DEAD_WITHIN: Duration = Duration::from_secs(30);
+/// How long a quorum queue may take to hand the next dead letter on.
+const DEAD_WITHIN: Duration = Duration::from_secs(5);
 
 /// Ids shown of each sort of violation.
 const EXAMPLES: usize = 5;
@@ -223,14 +223,20 @@ fn dead_letters(
         .map(|(number, _)| id(number))
         .filter(|id| !effects.contains_key(id))
         .collect();
-    wait_until(DEAD_WITHIN, || {
-        for letter in broker.take(DEAD) {
+    loop {
+        let mut letters = Vec::new();
+        let came = wait_until(DEAD_WITHIN, || {
+            letters = broker.take(DEAD);
+            !letters.is_empty() || wanted.iter().all(|id| dead.contains_key(id))
+        });
+        for letter in &letters {
             let id = letter.id().unwrap_or("(no id)").to_owned();
             *dead.entry(id).or_default() += 1;
         }
-        wanted.iter().all(|id| dead.contains_key(id))
-    });
-    dead
+        if !came || letters.is_empty() {
+            return dead;
+        }
+    }
 }
 
 /// What the daemon itself knows of the ids that were found.

@@ -289,7 +289,10 @@ fn replies(
     }
 }
 
+/// Kills the process a moment after it sent its COMMIT: what it tells others at
+/// the same time has gone out by then.
 fn strike(pid: i32, state: &State) {
+    std::thread::sleep(Duration::from_millis(10));
     if kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok() {
         state.struck();
     }

@@ -402,6 +402,11 @@ fn flap(stage: &Stage<'_>, dice: &mut Dice) -> u64 {
         wait_until(TRAP_WITHIN, || deliveries() > before);
         std::thread::sleep(dice.millis(50, 250));
     }
+    // Nothing of this connection can be committed that soon, so an ack that
+    // comes first is one too many; what it acks dies with the daemon.
+    let acks = || link.counters().acks.load(SeqCst);
+    let before = acks();
+    wait_until(Duration::from_millis(1_200), || acks() > before);
     let killed = stage.fleet.end(daemon, Signal::SIGKILL);
     stage.link(daemon, Server::Postgres).delay(Duration::ZERO);
     u64::from(killed && cuts > 0)

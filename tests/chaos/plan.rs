@@ -24,6 +24,8 @@ pub struct Plan {
     pub mutant: Option<String>,
     /// Where the report goes, in Markdown.
     pub report: Option<PathBuf>,
+    /// Where the daemons' logs are kept; nowhere by default.
+    pub logs: Option<PathBuf>,
 }
 
 impl Plan {
@@ -46,6 +48,7 @@ impl Plan {
             rest: Duration::from_millis(if only_cuts { 0 } else { 4_000 }),
             mutant: variable("MUTANT"),
             report: variable("REPORT").map(PathBuf::from),
+            logs: variable("LOGS").map(PathBuf::from),
         }
     }
 }

@@ -12,6 +12,8 @@ use crate::stage::Stage;
 pub struct Outcome {
     pub findings: Findings,
     pub sums: Sums,
+    /// From its begin to the end of the comparison.
+    pub lasted: Duration,
     /// Faults that were seen to happen.
     pub seen: u64,
     /// What `ackonce why` says of ids that were found.

@@ -58,7 +58,8 @@ pub struct Stage<'a> {
     pub begun: Instant,
     pub broker_version: String,
     name: String,
-    folder: TempDir,
+    folder: PathBuf,
+    _temporary: TempDir,
 }
 
 impl<'a> Stage<'a> {
@@ -80,17 +81,22 @@ impl<'a> Stage<'a> {
             "create table effect (message_id text, amount int, fails int, attempt int, \
              constraint too_early check (attempt > fails))",
         );
-        let folder = TempDir::new().expect("a folder");
+        let temporary = TempDir::new().expect("a folder");
+        let folder = match &plan.logs {
+            Some(folder) => folder.join(name),
+            None => temporary.path().to_owned(),
+        };
+        std::fs::create_dir_all(&folder).expect("a folder for configurations and logs");
         let to_each = || Server::ALL.map(|server| Link::to(servers.address(server)));
         let links: Vec<[Link; 3]> = (0..plan.daemons).map(|_| to_each()).collect();
         let mut configs = Vec::new();
         for (number, links) in links.iter().enumerate() {
             let at = |server: Server| Servers::url(server, links[server as usize].address(), name);
-            let path = folder.path().join(format!("daemon-{number}.toml"));
+            let path = folder.join(format!("daemon-{number}.toml"));
             std::fs::write(&path, config(&at).text()).expect("a configuration");
             configs.push(path);
         }
-        let path = folder.path().join("direct.toml");
+        let path = folder.join("direct.toml");
         std::fs::write(&path, config(&direct).text()).expect("a configuration");
         let stage = Self {
             servers,
@@ -106,6 +112,7 @@ impl<'a> Stage<'a> {
             broker_version: version.to_owned(),
             name: name.to_owned(),
             folder,
+            _temporary: temporary,
         };
         crate::common::eventually("a daemon consumes", || {
             (0..stage.fleet.len())
@@ -135,7 +142,7 @@ impl<'a> Stage<'a> {
 
     /// A configuration that leads past the links.
     pub fn direct_config(&self) -> PathBuf {
-        self.folder.path().join("direct.toml")
+        self.folder.join("direct.toml")
     }
 
     /// Notes that a fault was tried, and how often it was seen to happen.
