@@ -21,7 +21,7 @@ use crate::message::{Fingerprint, MessageId, hex};
 use crate::random;
 
 /// First and longest wait before a Redis that failed is asked again.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3));
 
 const RELEASE: &str = "if redis.call('get', KEYS[1]) == ARGV[1] \
      then return redis.call('del', KEYS[1]) else return 0 end";

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 use crate::common::{Broker, Database, Management};
 use crate::fleet::BINARY;
@@ -13,6 +14,15 @@ use crate::stage::{DEAD, QUEUE, RETRIES, Stage};
 
 /// How long the queues may take to drain once everything has healed.
 const DRAIN_WITHIN: Duration = Duration::from_secs(180);
+
+/// How long nothing must have moved until a queue is taken for empty.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// How often a line says that the queues still drain.
+const SAY_EVERY: Duration = Duration::from_secs(5);
+
+/// Where a message may be before it comes to rest.
+const QUEUES: [&str; 3] = [QUEUE, RETRIES[0], RETRIES[1]];
 
 /// How long a quorum queue may take to hand the next dead letter on.
 const DEAD_WITHIN: Duration = Duration::from_secs(5);
@@ -94,33 +104,60 @@ pub struct Sums {
 
 /// Waits until the queues are empty. What is left in them.
 pub fn drain(stage: &Stage<'_>) -> Vec<String> {
-    let management = Management::new(&stage.servers.management_url());
-    let path = format!("/api/queues/{}", stage.name());
-    let mut left = vec!["the management API does not answer".to_owned()];
-    let mut empty_looks = 0;
-    let mut looks = 0_u32;
+    let broker = Broker::connect(&stage.url(Server::RabbitMq));
+    let mut left = Vec::new();
+    let mut seen = 0;
+    let mut since = Instant::now();
+    let mut said = Instant::now();
     wait_until(DRAIN_WITHIN, || {
-        std::thread::sleep(Duration::from_millis(500));
-        // Its figures are up to a second old: a queue is empty when it was so
-        // several times in a row.
-        let Some(queues) = management.try_get(&path) else {
-            return false;
-        };
-        left = queues
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(|queue| queue["name"] != DEAD && queue["messages"] != 0)
-            .map(|queue| format!("{} ({})", queue["name"], queue["messages"]))
+        std::thread::sleep(Duration::from_millis(100));
+        let ready = QUEUES.map(|queue| (queue, broker.ready(queue)));
+        let full = ready.iter().filter(|(_, ready)| *ready > 0);
+        left = full
+            .map(|(queue, ready)| format!("{queue} ({ready})"))
             .collect();
-        empty_looks = if left.is_empty() { empty_looks + 1 } else { 0 };
-        looks += 1;
-        if looks.is_multiple_of(10) && !left.is_empty() {
+        if said.elapsed() > SAY_EVERY && !left.is_empty() {
+            said = Instant::now();
             stage.say(&format!("draining: {}", left.join(", ")));
         }
-        empty_looks >= 5 || crate::interrupted()
+        if !left.is_empty() || moves(stage, &mut seen) {
+            since = Instant::now();
+        }
+        if crate::interrupted() {
+            return true;
+        }
+        // What nobody can take from a queue may be in work, or on its way. A
+        // run that looks for a mutant need not be so sure.
+        if since.elapsed() > QUIET && stage.plan.mutant.is_none() {
+            left = held(stage);
+        }
+        since.elapsed() > QUIET && left.is_empty()
     });
     left
+}
+
+/// What the queues hold, messages in work included. The figures are up to 5 s
+/// old.
+fn held(stage: &Stage<'_>) -> Vec<String> {
+    let management = Management::new(&stage.servers.management_url());
+    let Some(queues) = management.try_get(&format!("/api/queues/{}", stage.name())) else {
+        return vec!["the management API does not answer".to_owned()];
+    };
+    let queues = queues.as_array().into_iter().flatten();
+    queues
+        .filter(|queue| queue["name"] != DEAD && queue["messages"] != 0)
+        .map(|queue| format!("{} ({} in work)", queue["name"], queue["messages"]))
+        .collect()
+}
+
+/// Whether an ack, or a message, has come by since `seen`.
+fn moves(stage: &Stage<'_>, seen: &mut u64) -> bool {
+    let links = stage.links.iter();
+    let counters = links.map(|links| links[Server::RabbitMq as usize].counters());
+    let now = counters
+        .map(|counters| counters.acks.load(SeqCst) + counters.deliveries.load(SeqCst))
+        .sum();
+    std::mem::replace(seen, now) != now
 }
 
 /// Compares. The daemons have stopped.
@@ -141,7 +178,7 @@ pub fn check(stage: &Stage<'_>, journal: &Journal, left: Vec<String>) -> (Findin
         ..Findings::default()
     };
     let broker = Broker::connect(&stage.url(Server::RabbitMq));
-    for queue in [QUEUE].into_iter().chain(RETRIES) {
+    for queue in QUEUES {
         if !broker.is_empty(queue) {
             findings.not_empty.push(queue.to_owned());
         }

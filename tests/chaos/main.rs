@@ -225,6 +225,7 @@ fn is_found(servers: &Servers, mutant: &str, kinds: &[Kind]) -> bool {
             "{mutant}, {} faults, {seconds} s:\n{}",
             outcome.seen, outcome.findings
         );
-        !outcome.findings.are_none()
+        // Not empty, and not all is known yet.
+        !outcome.findings.are_none() && outcome.findings.not_empty.is_empty()
     })
 }

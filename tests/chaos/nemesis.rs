@@ -129,11 +129,11 @@ fn strike(stage: &Stage<'_>, kind: Kind, dice: &mut Dice) {
             )
         }
         Kind::DaemonClock => set_clock(stage, dice),
-        Kind::BrokerKill => restart(stage, Server::RabbitMq, Signal::SIGKILL),
-        Kind::RedisKill => restart(stage, Server::Redis, Signal::SIGKILL),
-        Kind::PostgresKill => restart(stage, Server::Postgres, Signal::SIGKILL),
+        Kind::BrokerKill => restart(stage, Server::RabbitMq, Signal::SIGKILL, dice),
+        Kind::RedisKill => restart(stage, Server::Redis, Signal::SIGKILL, dice),
+        Kind::PostgresKill => restart(stage, Server::Postgres, Signal::SIGKILL, dice),
         // What `pg_ctl restart -m immediate` sends.
-        Kind::PostgresRestart => restart(stage, Server::Postgres, Signal::SIGQUIT),
+        Kind::PostgresRestart => restart(stage, Server::Postgres, Signal::SIGQUIT, dice),
         Kind::BrokerFreeze => freeze_server(stage, Server::RabbitMq, dice.millis(1_000, 8_000)),
         Kind::RedisFreeze => freeze_server(stage, Server::Redis, dice.millis(500, 4_000)),
         Kind::PostgresFreeze => freeze_sessions(stage, dice.millis(500, 4_000)),
@@ -242,10 +242,14 @@ fn is_off_by_an_hour(line: &str, seconds: i64) -> bool {
     !(5..=24 * 60 - 5).contains(&off)
 }
 
-/// Ends a server and starts it again, and measures how the daemons come back.
-fn restart(stage: &Stage<'_>, server: Server, signal: Signal) -> u64 {
+/// Ends a server and starts it again, at once or when the daemons have tried in
+/// vain for a while, and measures how they come back.
+fn restart(stage: &Stage<'_>, server: Server, signal: Signal, dice: &mut Dice) -> u64 {
     stage.say(&format!("{} gets {signal}", server.name()));
     let ended = stage.servers.end(server, signal);
+    if dice.percent(50) {
+        std::thread::sleep(dice.millis(1_000, 8_000));
+    }
     stage.quiet.store(true, SeqCst);
     let back = stage.servers.start_again(server);
     let back = back.unwrap_or_else(|| panic!("{} does not start again", server.name()));
