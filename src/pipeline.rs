@@ -27,13 +27,13 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use crate::backoff::Backoff;
 use crate::claim::{Claim, Claims, Token};
 use crate::config::checked;
-use crate::failpoint::{self, Step};
+use crate::failpoint::{self, Mutant, Step};
 use crate::failure::{Class, Failure};
 use crate::flights::Flights;
 use crate::gate::Gate;
 use crate::handler::Transactional;
 use crate::ledger::Ledger;
-use crate::lifecycle::Event;
+use crate::lifecycle::{Body, Event};
 use crate::message::{Delivery, MessageId, Settled};
 use crate::random;
 use crate::stop::Stop;
@@ -389,6 +389,9 @@ impl Worker {
                 Claim::Done(print) => {
                     let body = item.compare(print);
                     self.advance(item, Event::MarkedDone(body));
+                }
+                Claim::Held if failpoint::mutant(Mutant::HeldClaim) => {
+                    self.advance(item, Event::MarkedDone(Body::Same));
                 }
                 Claim::Held => self.advance(item, Event::ClaimHeld),
             }

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use sqlx::{PgConnection, Row};
 
 use crate::config::checked;
+use crate::failpoint::{self, Mutant};
 use crate::failure::Failure;
 use crate::message::{Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
@@ -162,6 +163,12 @@ impl Ledger {
             let consumer_id = registration.consumer_id;
             let inserted = session
                 .run(async |connection| insert(connection, consumer_id, &ids, &prints).await)?;
+            if failpoint::mutant(Mutant::EffectOutside) {
+                session.execute("COMMIT; BEGIN")?;
+            }
+            if failpoint::mutant(Mutant::WithoutLedger) {
+                return Ok(vec![Record::Inserted; entries.len()]);
+            }
             if inserted.len() == entries.len() {
                 return Ok(vec![Record::Inserted; entries.len()]);
             }
@@ -205,6 +212,7 @@ impl Ledger {
     pub fn commit(&mut self) -> Result<(), CommitError> {
         match self.forgetting(|session, _| session.execute("COMMIT")) {
             Ok(()) => Ok(()),
+            Err(Error::Lost(_)) if failpoint::mutant(Mutant::TrustedCommit) => Ok(()),
             // A deferred constraint, a trigger, a serialization check or a
             // cancellation: the server has rolled back. What fails once it is
             // past that costs it the session, at least.

@@ -190,6 +190,7 @@ impl Worker {
             Err(error) => return self.undo(items, error, Stage::Handler),
         }
         failpoint::hit(Step::Applied);
+        self.tell_too_early(items);
         match self.ledger.commit() {
             Ok(()) => {
                 failpoint::hit(Step::Committed);

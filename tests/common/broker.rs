@@ -113,7 +113,8 @@ pub struct Broker {
 }
 
 impl Broker {
-    pub(super) fn connect(url: &str) -> Self {
+    /// Connects.
+    pub fn connect(url: &str) -> Self {
         let connection = Connection::insecure_open(url)
             .unwrap_or_else(|e| panic!("failed to connect to RabbitMQ: {e}; run script/test"));
         Self {

@@ -9,7 +9,8 @@ pub struct Config {
 }
 
 impl Config {
-    pub(super) fn new() -> Self {
+    /// An empty one.
+    pub fn new() -> Self {
         Self {
             table: Table::new(),
         }

@@ -123,6 +123,12 @@ impl Management {
         serde_json::from_slice(&self.expect("GET", path, "")).expect("JSON")
     }
 
+    /// What is at `path`, as JSON; `None` when the server does not say.
+    pub fn try_get(&self, path: &str) -> Option<Value> {
+        let content = self.request("GET", path, "").ok()?;
+        serde_json::from_slice(&content).ok()
+    }
+
     /// What is at `path`, as it is; `None` when the server has no such thing.
     pub fn download(&self, path: &str) -> Option<Vec<u8>> {
         match self.request("GET", path, "") {
