@@ -8,8 +8,8 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::address::AddressError;
-pub use crate::trust::TlsProblem;
 use super::cause::Cause;
+pub use crate::trust::TlsProblem;
 
 /// What a connection was waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

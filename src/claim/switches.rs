@@ -176,7 +176,9 @@ mod tests {
     fn all_who_fail_together_make_one_switch() {
         let switches = Switches::new("c");
         let permits = [switches.permit().unwrap(), switches.permit().unwrap()];
-        permits.map(|permit| switches.leave(permit, "gone"));
+        for permit in permits {
+            switches.leave(permit, "gone");
+        }
         assert_eq!(switches.permit(), None);
         assert_eq!(switches.counts().lost, 1);
         assert!(switches.changes().try_recv().is_ok());
