@@ -25,7 +25,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use nemesis::Kind;
+use nemesis::{Kind, Lane};
 use plan::Plan;
 use publisher::{Order, Publishing};
 use report::Outcome;
@@ -132,12 +132,13 @@ fn run(servers: &Servers, plan: Plan, name: &str) -> Outcome {
 fn break_things(stage: &Stage<'_>, publishing: &Publishing) -> Duration {
     let begun = Instant::now();
     std::thread::scope(|scope| {
-        for wires in [false, true] {
+        let start = |lane| {
             std::thread::Builder::new()
-                .name(format!("nemesis-{wires}"))
-                .spawn_scoped(scope, move || nemesis::work(stage, wires))
-                .expect("a thread");
-        }
+                .name(format!("nemesis {lane:?}"))
+                .spawn_scoped(scope, move || nemesis::work(stage, lane))
+                .expect("a thread")
+        };
+        let lanes: Vec<_> = Lane::of(stage).into_iter().map(start).collect();
         let mut said = Instant::now();
         wait_until(stage.plan.length, || {
             if said.elapsed() > SAY_EVERY {
@@ -145,7 +146,9 @@ fn break_things(stage: &Stage<'_>, publishing: &Publishing) -> Duration {
                 tell(stage, publishing);
             }
             let ids = publishing.progress.ids.load(SeqCst) as usize;
-            interrupted() || ids >= stage.plan.messages
+            // A thread that ends before it is told to has panicked.
+            let panicked = lanes.iter().any(|lane| lane.is_finished()) || publishing.has_ended();
+            interrupted() || panicked || ids >= stage.plan.messages
         });
         stage.over.store(true, SeqCst);
     });

@@ -89,14 +89,49 @@ impl Kind {
     }
 }
 
-/// Breaks things until the stage's time is over. Two of these run.
-pub fn work(stage: &Stage<'_>, wires: bool) {
-    let of_mine = |kind: &Kind| kind.is_of_the_wires() == wires;
-    let kinds: Vec<Kind> = stage.plan.kinds.iter().copied().filter(of_mine).collect();
-    if kinds.is_empty() {
-        return;
+/// What one thread breaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// Processes and servers, one at a time.
+    Servers,
+    /// What is between them, one thing at a time.
+    Wires,
+    /// Nothing but the connections of this daemon, cut in the middle.
+    Cuts(usize),
+}
+
+impl Lane {
+    /// Those of a run.
+    pub fn of(stage: &Stage<'_>) -> Vec<Self> {
+        let kinds = &stage.plan.kinds;
+        let mut cuts = kinds.iter().map(|kind| kind.is_a_cut_in_the_middle());
+        match !kinds.is_empty() && cuts.all(|cut| cut) {
+            true => (0..stage.fleet.len()).map(Self::Cuts).collect(),
+            false => {
+                let mut lanes = vec![Self::Servers, Self::Wires];
+                lanes.retain(|lane| !lane.kinds(stage).is_empty());
+                lanes
+            }
+        }
     }
-    let mut dice = Dice::new(stage.plan.seed, 2 + u64::from(wires));
+
+    fn kinds(self, stage: &Stage<'_>) -> Vec<Kind> {
+        let wires = self != Self::Servers;
+        let all = stage.plan.kinds.iter().copied();
+        all.filter(|kind| kind.is_of_the_wires() == wires).collect()
+    }
+}
+
+/// Breaks things until the stage's time is over.
+pub fn work(stage: &Stage<'_>, lane: Lane) {
+    let (stream, own) = match lane {
+        Lane::Servers => (2, None),
+        Lane::Wires => (3, None),
+        Lane::Cuts(daemon) => (4 + daemon as u64, Some(daemon)),
+    };
+    let wires = lane != Lane::Servers;
+    let kinds = lane.kinds(stage);
+    let mut dice = Dice::new(stage.plan.seed, stream);
     // Each kind once before any comes again.
     let mut hat = Vec::new();
     while !stage.over.load(SeqCst) {
@@ -112,11 +147,11 @@ pub fn work(stage: &Stage<'_>, wires: bool) {
             hat.clone_from(&kinds);
         }
         let kind = hat.swap_remove(dice.below(hat.len() as u64) as usize);
-        strike(stage, kind, &mut dice);
+        strike(stage, kind, own, &mut dice);
     }
 }
 
-fn strike(stage: &Stage<'_>, kind: Kind, dice: &mut Dice) {
+fn strike(stage: &Stage<'_>, kind: Kind, own: Option<usize>, dice: &mut Dice) {
     let happened = match kind {
         Kind::DaemonKill => end(stage, dice, Signal::SIGKILL),
         Kind::DaemonStop => end(stage, dice, Signal::SIGTERM),
@@ -159,10 +194,11 @@ fn strike(stage: &Stage<'_>, kind: Kind, dice: &mut Dice) {
         Kind::PostgresTerminate => terminate_sessions(stage),
         Kind::PostgresDiskFull => crate::disk::fill(stage, dice.millis(1_000, 3_000)),
         Kind::Cut => cut(stage, dice),
-        Kind::CommitCut => return cut_at_commit(stage, dice),
+        Kind::CommitCut => return cut_at_commit(stage, own, dice),
         Kind::CommitKill => return kill_at_commit(stage, dice),
         Kind::AckCut => {
-            let link = stage.link(any_daemon(stage, dice), Server::RabbitMq);
+            let daemon = own.unwrap_or_else(|| any_daemon(stage, dice));
+            let link = stage.link(daemon, Server::RabbitMq);
             spring(stage, link, Trap::AckUnsent)
         }
         Kind::Flap => flap(stage, dice),
@@ -363,8 +399,9 @@ fn spring(stage: &Stage<'_>, link: &Link, trap: Trap) -> u64 {
     struck() - before
 }
 
-fn cut_at_commit(stage: &Stage<'_>, dice: &mut Dice) {
-    let link = stage.link(any_daemon(stage, dice), Server::Postgres);
+fn cut_at_commit(stage: &Stage<'_>, own: Option<usize>, dice: &mut Dice) {
+    let daemon = own.unwrap_or_else(|| any_daemon(stage, dice));
+    let link = stage.link(daemon, Server::Postgres);
     let (trap, name) = match dice.percent(50) {
         true => (Trap::CommitUnsent, "commit-cut, not sent"),
         false => (Trap::CommitUnanswered, "commit-cut, not answered"),

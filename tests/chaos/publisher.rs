@@ -69,15 +69,14 @@ pub struct Order {
     pub seed: u64,
 }
 
-/// The publisher, on a thread of its own.
+/// The publisher, on a thread of its own. Dropping this leaves it alone: a panic
+/// somewhere else must not wait for it.
 pub struct Publishing {
     thread: JoinHandle<Journal>,
     stop: Arc<AtomicBool>,
     pub progress: Arc<Progress>,
 }
 
-/// A panic somewhere else must not wait for it, so it is told to stop and left
-/// alone then.
 impl Publishing {
     pub fn start(order: Order) -> Self {
         let stop = Arc::new(AtomicBool::default());
@@ -105,6 +104,11 @@ impl Publishing {
             stop,
             progress,
         }
+    }
+
+    /// Whether its thread has ended, which it does on a panic.
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// The journal, once what was published is confirmed or lost.
