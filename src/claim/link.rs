@@ -180,8 +180,9 @@ fn replies(
 /// The first error that is about more than the key it was given.
 fn refusal(replies: &[Value]) -> Option<String> {
     replies.iter().find_map(|reply| match reply {
+        // In the server's own words: the code is what one looks for.
         Value::ServerError(error) if error.code() != "WRONGTYPE" => {
-            Some(RedisError::from(error.clone()).to_string())
+            Some([error.code(), error.details().unwrap_or_default()].join(" "))
         }
         _ => None,
     })
