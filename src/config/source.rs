@@ -40,7 +40,7 @@ pub struct Place {
 pub(super) const REDACTED: &str = "<redacted>";
 
 /// A key that contains one of these holds a secret, unless it ends in `_file`.
-const SECRET_WORDS: [&str; 6] = ["url", "pass", "secret", "token", "credential", "dsn"];
+const SECRET_WORDS: [&str; 7] = ["url", "pass", "secret", "token", "credential", "dsn", "env"];
 
 /// Longest excerpt, in characters.
 const EXCERPT_MAX_CHARS: usize = 120;

@@ -16,6 +16,7 @@ mod daemon;
 mod database;
 mod library;
 mod management;
+pub mod program;
 mod proxy;
 pub mod raw;
 mod receiver;

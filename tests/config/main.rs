@@ -11,6 +11,7 @@ use ackonce::config::{self, Config, ConfigError, Problem, defaults, keys, to_tom
 use ackonce::failure::{Class, Overrides};
 use tempfile::TempDir;
 
+mod command;
 mod display;
 mod http;
 mod mistakes;
