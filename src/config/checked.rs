@@ -49,11 +49,12 @@ pub struct Config {
     pub consumers: Vec<Consumer>,
 }
 
-/// `[broker]`: the RabbitMQ server.
+/// `[broker]`: the RabbitMQ server, or the nodes of a cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Broker {
-    /// `amqp://` or `amqps://` URL.
-    pub url: Secret,
+    /// `amqp://` or `amqps://` URLs of one broker or of the nodes of one
+    /// cluster, tried in turn: 1 to 16, each once.
+    pub urls: Vec<Secret>,
     /// PEM file with the certificate authorities to trust instead of the
     /// system's (`amqps` only).
     pub ca_file: Option<std::path::PathBuf>,
@@ -516,7 +517,8 @@ pub struct HttpHandler {
     pub ca_file: Option<std::path::PathBuf>,
     /// Content type of every request; `None`: the message's own.
     pub content_type: Option<String>,
-    /// Headers of every request, each name once; a value is visible ASCII.
+    /// Headers of every request, sorted, each name once; a value is visible
+    /// ASCII.
     pub headers: Vec<(String, Secret)>,
     /// Headers of the message that its request carries.
     pub forward_headers: Vec<String>,

@@ -14,7 +14,7 @@ use crate::config::checked;
 use crate::failpoint::{self, Step};
 use crate::failure::{Class, Failure};
 use crate::handler::{self, Handler, Keyed, Work};
-use crate::message::MessageId;
+use crate::message::{MessageId, Settled};
 
 /// What came of a call.
 pub(super) enum Outcome {
@@ -57,6 +57,7 @@ impl Crew {
         handlers: Vec<Box<dyn Keyed>>,
         most: usize,
         panicked: &Sender<()>,
+        outbox: &Sender<Vec<Settled>>,
     ) -> anyhow::Result<Self> {
         let size = handlers.len();
         // Nobody waits for a place in either.
@@ -69,6 +70,7 @@ impl Crew {
                 consumer: Arc::clone(consumer),
                 calls: uncalled.clone(),
                 answers: answer.clone(),
+                outbox: outbox.clone(),
             };
             let (name, panicked) = (consumer.name.clone(), panicked.clone());
             std::thread::Builder::new()
@@ -103,6 +105,11 @@ struct Caller {
     consumer: Arc<checked::Consumer>,
     calls: Receiver<Box<Item>>,
     answers: Sender<Answer>,
+    #[expect(
+        dead_code,
+        reason = "held until the handler before it is dropped: a stop waits for this"
+    )]
+    outbox: Sender<Vec<Settled>>,
 }
 
 impl Caller {

@@ -84,7 +84,7 @@ pub(super) fn handler(section: &Section<'_>) -> Option<HttpHandler> {
         .or(defaults::KEY_HEADER.to_owned());
     let key_format = section
         .text("key_format")
-        .then(|text| parse_key_format(&text))
+        .then(|text| keys::one_of(&text, &KeyFormat::ALL, KeyFormat::as_str))
         .or(KeyFormat::Plain);
     let mut names = BTreeSet::from([key_header.value.to_ascii_lowercase()]);
     let headers = headers(section, &mut names);
@@ -165,16 +165,6 @@ fn parse_method(text: &str) -> Result<HttpMethod, Complaint> {
     })
 }
 
-fn parse_key_format(text: &str) -> Result<KeyFormat, Complaint> {
-    let known = KeyFormat::ALL.into_iter().find(|f| f.as_str() == text);
-    known.ok_or_else(|| {
-        Complaint::new(
-            format!("cannot be {}", shown(text)),
-            "allowed: \"plain\", or \"quoted\" for a structured-field string",
-        )
-    })
-}
-
 /// `headers` and `headers_file`, each name once.
 fn headers(section: &Section<'_>, names: &mut BTreeSet<String>) -> Vec<(String, Secret)> {
     let mut headers = Vec::new();
@@ -218,6 +208,7 @@ fn headers(section: &Section<'_>, names: &mut BTreeSet<String>) -> Vec<(String, 
         let read: Option<Vec<_>> = read.optional().map(|field| field.value);
         headers.extend(read.into_iter().flatten());
     }
+    headers.sort_by(|(a, _), (b, _)| a.cmp(b));
     if headers.len() > defaults::HTTP_HEADERS_MAX {
         let complaint = Complaint::new(
             format!("has too many: {}", headers.len()),

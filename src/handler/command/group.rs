@@ -1,9 +1,11 @@
 //! A process with a group of its own, which is ended as a whole and leaves no
 //! zombie behind.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
@@ -20,6 +22,21 @@ const GONE_WITHIN: Duration = Duration::from_secs(5);
 /// The first of the waits for an exit, each twice as long as the one before.
 const SHORTEST_WAIT: Duration = Duration::from_micros(50);
 
+/// Leaders of the groups that are not reaped.
+static LIVING: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
+
+fn living() -> MutexGuard<'static, BTreeSet<i32>> {
+    LIVING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Kills every group there is.
+pub(super) fn kill_all() {
+    // While an id stands there, it is nobody else's.
+    for pid in living().iter() {
+        killpg(Pid::from_raw(*pid), Signal::SIGKILL).ok();
+    }
+}
+
 /// A process that leads its own group. Dropping it kills the group.
 pub(super) struct Group {
     child: Child,
@@ -32,6 +49,7 @@ impl Group {
     pub(super) fn start(mut command: Command) -> io::Result<Self> {
         let child = command.spawn()?;
         let pid = Pid::from_raw(child.id().cast_signed());
+        living().insert(pid.as_raw());
         Ok(Self {
             child,
             pid,
@@ -95,7 +113,9 @@ impl Group {
             return Ok(status);
         }
         self.signal(Signal::SIGKILL);
+        let mut living = living();
         let status = self.child.try_wait()?.ok_or(io::ErrorKind::WouldBlock)?;
+        living.remove(&self.pid.as_raw());
         self.status = Some(status);
         Ok(status)
     }
@@ -115,6 +135,7 @@ impl Drop for Group {
         }
         self.signal(Signal::SIGKILL);
         if !self.ends_by(Instant::now() + GONE_WITHIN, || {}) || self.reap().is_err() {
+            living().remove(&self.pid.as_raw());
             log::error!(pid = self.pid.as_raw(); "a handler's process could not be ended");
         }
     }

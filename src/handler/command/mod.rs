@@ -34,6 +34,10 @@ use crate::failure::{Class, ExitFailure, Failure};
 /// wish to cancel.
 const TICK: Duration = Duration::from_millis(20);
 
+/// Longest time that a group has to end by itself when its attempt is
+/// cancelled: somebody else may be at the message by then.
+const CANCEL_GRACE: Duration = Duration::from_millis(250);
+
 /// What a handler of `consumer` with this configuration runs.
 #[must_use]
 pub fn build(consumer: &Consumer, config: &CommandHandler) -> Box<dyn Keyed> {
@@ -45,6 +49,12 @@ pub fn build(consumer: &Consumer, config: &CommandHandler) -> Box<dyn Keyed> {
         CommandMode::Once => Box::new(once::Once::new(program)),
         CommandMode::Stream => Box::new(stream::Stream::new(program)),
     }
+}
+
+/// Kills what still runs of all handlers of this process: for its very end,
+/// which waits for nobody.
+pub fn kill_all() {
+    group::kill_all();
 }
 
 /// What will be run, in words for who checks the configuration.
@@ -89,6 +99,11 @@ impl Program {
             command.env(name, value.expose());
         }
         command
+    }
+
+    /// How long a group whose attempt is cancelled has from SIGTERM to SIGKILL.
+    fn cancel_grace(&self) -> Duration {
+        self.config.kill_after.min(CANCEL_GRACE)
     }
 
     /// Why no process could be started.

@@ -99,7 +99,10 @@ impl Once {
         let mut group = Group::start(command).map_err(|error| not_started(&error))?;
         let mut ear = Ear::new(group.child().stderr.take()).map_err(|error| not_started(&error))?;
         let over = ear.listen(&group, until, cancel);
-        let grace = self.program.config.kill_after;
+        let grace = match over {
+            Over::Cancelled => self.program.cancel_grace(),
+            Over::Timeout | Over::Ended => self.program.config.kill_after,
+        };
         let ended = match over {
             Over::Ended => {
                 let linger = Instant::now() + LINGER;

@@ -107,7 +107,7 @@ impl Stream {
                 return Ok(process);
             }
             Err(Trouble::Cancelled) => {
-                self.end(process);
+                self.end(process, self.program.cancel_grace());
                 return Err(cancelled());
             }
             Err(Trouble::Timeout) => {
@@ -140,7 +140,7 @@ impl Stream {
                 return outcome;
             }
             Err(Trouble::Cancelled) => {
-                self.end(process);
+                self.end(process, self.program.cancel_grace());
                 return Err(cancelled());
             }
             Err(Trouble::Timeout) => (
@@ -168,11 +168,11 @@ impl Stream {
     /// Ends a process that is of no use any more.
     fn give_up(&mut self, process: Process) {
         self.back_off();
-        self.end(process);
+        self.end(process, self.program.config.kill_after);
     }
 
-    fn end(&mut self, mut process: Process) {
-        let (ended, _) = process.end(self.program.config.kill_after);
+    fn end(&mut self, mut process: Process, grace: Duration) {
+        let (ended, _) = process.end(grace);
         if !ended {
             self.stuck = Some(process);
         }
