@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use crate::common::{Dead, Msg, ORDERS, ORDERS_DEAD};
 use crate::stage::Stage;
 
-const KILLS: usize = 8;
+const KILLS: usize = 6;
 const GOOD: usize = 12;
 const WORKERS: usize = 2;
 
