@@ -72,17 +72,33 @@ fn with_the_cause_mended_it_goes_on_by_steps_to_the_end() {
     world.assert_each_applied_once(&numbered_ids("m", 200));
 }
 
+/// Ids in the order in which they stand in the dead-letter queue.
+fn order(world: &World, config: &Config) -> Vec<String> {
+    let lines = replay(world, config, &["--plan"]).expect(0).json();
+    let ids = lines.iter().filter_map(|line| line["id"].as_str());
+    ids.map(str::to_owned).collect()
+}
+
+/// From now on only `ids` fail, and for good.
+fn only_these_fail<'a>(world: &World, ids: impl IntoIterator<Item = &'a String>) {
+    world.db.execute(
+        "create table bad (id text); create or replace function judge(id text) returns text \
+         language plpgsql as $$ begin if exists (select from bad where bad.id = judge.id) then \
+         raise exception 'still not' using errcode = '22000'; end if; return id; end $$",
+    );
+    for id in ids {
+        world
+            .db
+            .execute(&format!("insert into bad values ('{id}')"));
+    }
+}
+
 #[test]
 fn the_second_step_can_die_too() {
     let world = World::new();
     let config = judged(&world, "quorum", "reject");
     kill_messages(&world, &config, 100);
-    // The first five are well again, nothing else.
-    world.db.execute(
-        "create or replace function judge(id text) returns text language plpgsql as $$ begin \
-         if substr(id, 3)::int >= 5 then raise exception 'still not' using errcode = '22000'; \
-         end if; return id; end $$",
-    );
+    only_these_fail(&world, &order(&world, &config)[5..]);
     let daemon = world.run(&config);
     let ended = replay(&world, &config, &["--canary", "5"]).expect(1);
     let report = summary(&ended);
@@ -101,11 +117,7 @@ fn the_share_that_may_fail_is_the_operators_choice() {
     let config = judged(&world, "quorum", "reject");
     kill_messages(&world, &config, 40);
     // Every other one fails still.
-    world.db.execute(
-        "create or replace function judge(id text) returns text language plpgsql as $$ begin \
-         if substr(id, 3)::int % 2 = 1 then raise exception 'odd' using errcode = '22000'; \
-         end if; return id; end $$",
-    );
+    only_these_fail(&world, order(&world, &config).iter().step_by(2));
     let daemon = world.run(&config);
     let strict = replay(&world, &config, &["--canary", "10", "--abort-at", "49"]).expect(1);
     assert_eq!(summary(&strict)["replayed"], 10);
