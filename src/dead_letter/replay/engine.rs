@@ -6,6 +6,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::fates::Fates;
+use super::force::Forgot;
 use super::{Action, Cut, Event, Hindrance, Line, Order, Report};
 use crate::broker::desk::Ticket;
 use crate::broker::publisher::{Fate, Limits, PublishError, Publisher, Seq};
@@ -305,11 +306,15 @@ impl<'a> Engine<'a> {
                 self.leave(&judged);
                 Ok(())
             }
-            Way::Acknowledge => self.acknowledge(&letter, ticket, &judged),
+            Way::Acknowledge => self.acknowledge(&letter, ticket, &judged, "it was applied before"),
             Way::Publish => self.publish(letter, ticket, judged),
             Way::Forget => match self.forget(&letter, &judged)? {
-                true => self.publish(letter, ticket, judged),
-                false => Ok(()),
+                Forgot::Yes => self.publish(letter, ticket, judged),
+                Forgot::AtWork => Ok(()),
+                Forgot::AppliedSince => {
+                    let why = "it was forced before, and applied since";
+                    self.acknowledge(&letter, ticket, &judged, why)
+                }
             },
         }
     }
@@ -319,11 +324,16 @@ impl<'a> Engine<'a> {
         self.line(judged, Action::Left, None, judged.verdict.why.clone());
     }
 
-    fn acknowledge(&mut self, letter: &Letter, ticket: Ticket, judged: &Judged) -> Result<(), Cut> {
+    fn acknowledge(
+        &mut self,
+        letter: &Letter,
+        ticket: Ticket,
+        judged: &Judged,
+        why: &str,
+    ) -> Result<(), Cut> {
         self.ack(ticket, self.likeness_of(letter))?;
         self.report.acknowledged += 1;
-        let why = "it was applied before".to_owned();
-        self.line(judged, Action::Acknowledged, None, why);
+        self.line(judged, Action::Acknowledged, None, why.to_owned());
         Ok(())
     }
 
