@@ -27,6 +27,7 @@
 //! it for a limit and drops what comes back once.)
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use amiquip::{AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions};
@@ -40,7 +41,7 @@ use super::guard::RepairLog;
 use super::properties::Properties;
 use super::topology::{self, PROBE_HEADER};
 use crate::config::checked;
-use crate::message::Message;
+use crate::message::{Message, Repairs};
 use crate::stop::Stop;
 
 /// Longest wait for the broker's answer to one call.
@@ -71,6 +72,9 @@ const CHUNK_BYTES: usize = 8 << 20;
 /// Times that a letter of a quorum queue may have come back before a desk
 /// refuses: the brokers' own limit since 4.0 is 20.
 const RETURNS_MAX: i64 = 15;
+
+/// The header by which a quorum queue says how often a letter came back.
+const RETURNS_HEADER: &str = "x-delivery-count";
 
 /// How long letters can be held: RabbitMQ closes a channel that holds one
 /// unacked for 30 minutes (`consumer_timeout`).
@@ -159,8 +163,22 @@ fn minutes(held: Duration) -> String {
 #[must_use = "a letter whose ticket is dropped goes back to the queue"]
 pub struct Ticket {
     desk: u64,
-    chunk: usize,
-    shell: Box<amiquip::Delivery>,
+    chunk: Arc<Mutex<Chunk>>,
+    /// `None` once it is acked.
+    shell: Option<Box<amiquip::Delivery>>,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let Some(shell) = self.shell.take() else {
+            return;
+        };
+        let mut chunk = lock(&self.chunk);
+        let later = |end: &Box<amiquip::Delivery>| end.delivery_tag() > shell.delivery_tag();
+        if !chunk.end.as_ref().is_some_and(later) {
+            chunk.end = Some(shell);
+        }
+    }
 }
 
 /// One letter, as the queue handed it out.
@@ -180,11 +198,17 @@ pub struct Handed {
 }
 
 /// What one subscription took.
+#[derive(Default)]
 struct Chunk {
-    /// The last delivery: it returns those before it too.
-    end: Box<amiquip::Delivery>,
+    /// The last delivery whose ticket was dropped: it returns those before it
+    /// too. The broker closes the channel over one that was acked.
+    end: Option<Box<amiquip::Delivery>>,
     /// How many are neither acked nor returned.
     held: u32,
+}
+
+fn lock(chunk: &Mutex<Chunk>) -> MutexGuard<'_, Chunk> {
+    chunk.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An open queue with what was taken from it.
@@ -201,7 +225,7 @@ pub struct Desk {
     through: bool,
     chunk: u16,
     /// What was taken, in the order in which it came.
-    chunks: Vec<Chunk>,
+    chunks: Vec<Arc<Mutex<Chunk>>>,
     since: Option<Instant>,
     /// Whether returns are known to do no harm.
     unlimited: bool,
@@ -295,12 +319,17 @@ impl Desk {
             let queue = self.queue.clone();
             return Err(DeskError::Held { queue, held });
         }
-        let deliveries = self.take_chunk(self.chunk, Some(stop))?;
-        let mut largest = 1;
-        let mut letters = Vec::with_capacity(deliveries.len());
-        for delivery in deliveries {
-            largest = largest.max(delivery.body.len());
-            letters.extend(self.hand_over(delivery)?);
+        let handed = self.take_chunk(self.chunk)?;
+        let largest = handed.iter().map(|letter| letter.message.body.len()).max();
+        let largest = largest.unwrap_or_default().max(1);
+        let letters: Vec<Handed> = handed
+            .into_iter()
+            .filter(|letter| !letter.is_probe())
+            .collect();
+        for letter in &letters {
+            if letter.returns >= RETURNS_MAX && !self.unlimited {
+                self.prove_unlimited(letter.returns)?;
+            }
         }
         let fitting = u16::try_from(CHUNK_BYTES / largest).unwrap_or(CHUNK_MAX);
         let next = self.chunk.saturating_mul(4).min(fitting);
@@ -318,18 +347,20 @@ impl Desk {
     /// # Errors
     ///
     /// [`DeskError::Lost`]: the letter may be back in the queue.
-    pub fn ack(&mut self, ticket: Ticket) -> Result<(), DeskError> {
+    pub fn ack(&mut self, mut ticket: Ticket) -> Result<(), DeskError> {
         if ticket.desk != self.number {
             return Err(self.lost("the letter was handed out by another desk"));
         }
+        let Some(shell) = ticket.shell.take() else {
+            return Ok(());
+        };
         let (link, channel) = self.parts()?;
         let watch = link.watch(CALL_WITHIN);
-        let acked = ticket.shell.ack(channel);
+        let acked = shell.ack(channel);
         drop(watch);
         acked.map_err(|error| self.lost(error))?;
-        if let Some(chunk) = self.chunks.get_mut(ticket.chunk) {
-            chunk.held = chunk.held.saturating_sub(1);
-        }
+        let mut chunk = lock(&ticket.chunk);
+        chunk.held = chunk.held.saturating_sub(1);
         Ok(())
     }
 
@@ -369,7 +400,7 @@ impl Desk {
             return Ok(());
         }
         while !self.through && self.taken < self.depth {
-            match self.take_chunk(self.chunk, None) {
+            match self.take_chunk(self.chunk) {
                 Ok(_) => {}
                 // Then the rest stays where it is.
                 Err(DeskError::Stalled { .. }) => return Ok(()),
@@ -381,16 +412,16 @@ impl Desk {
 
     fn return_all(&mut self) -> Result<(), DeskError> {
         for chunk in std::mem::take(&mut self.chunks) {
-            if chunk.held == 0 {
-                continue;
-            }
+            let Chunk { end, held } = std::mem::take(&mut *lock(&chunk));
+            // What somebody still has a ticket of goes back with the channel.
+            let Some(end) = end else { continue };
             let (ready, _) = self.count()?;
             let (link, channel) = self.parts()?;
             let watch = link.watch(CALL_WITHIN);
-            let returned = chunk.end.nack_multiple(channel, true);
+            let returned = end.nack_multiple(channel, true);
             drop(watch);
             returned.map_err(|error| self.lost(error))?;
-            self.wait_for_ready(ready.saturating_add(chunk.held))?;
+            self.wait_for_ready(ready.saturating_add(held))?;
         }
         self.settle()
     }
@@ -445,31 +476,29 @@ impl Desk {
         }
     }
 
-    /// At most `most` letters, fewer at the end.
-    fn take_chunk(
-        &mut self,
-        most: u16,
-        stop: Option<&Stop>,
-    ) -> Result<Vec<amiquip::Delivery>, DeskError> {
+    /// At most `most` letters, fewer at the end; probes among them.
+    fn take_chunk(&mut self, most: u16) -> Result<Vec<Handed>, DeskError> {
         let left = self.depth.saturating_sub(self.taken);
         let want = u16::try_from(left).unwrap_or(u16::MAX).min(most);
-        let deliveries = self.consume(want, stop)?;
+        let deliveries = self.consume(want)?;
         self.since = self.since.or(Some(Instant::now()));
         self.taken += deliveries.len() as u64;
         self.through = deliveries.len() < usize::from(want);
-        if let Some(last) = deliveries.last() {
-            let mut end = last.clone();
-            empty(&mut end);
-            self.chunks.push(Chunk {
-                end: Box::new(end),
-                held: u32::try_from(deliveries.len()).unwrap_or(u32::MAX),
-            });
-        }
-        Ok(deliveries)
+        let channel = self.parts()?.1.channel_id();
+        let chunk = Arc::new(Mutex::new(Chunk {
+            end: None,
+            held: u32::try_from(deliveries.len()).unwrap_or(u32::MAX),
+        }));
+        self.chunks.push(Arc::clone(&chunk));
+        let letters = deliveries.into_iter().map(|delivery| {
+            let repairs = self.repairs.take(channel, delivery.delivery_tag());
+            Handed::new(delivery, repairs, self.number, &chunk)
+        });
+        Ok(letters.collect())
     }
 
     /// One subscription that can take no more than `want`.
-    fn consume(&self, want: u16, stop: Option<&Stop>) -> Result<Vec<amiquip::Delivery>, DeskError> {
+    fn consume(&self, want: u16) -> Result<Vec<amiquip::Delivery>, DeskError> {
         let (link, channel) = self.parts()?;
         let watch = link.watch(CALL_WITHIN);
         let subscribed = channel
@@ -478,7 +507,7 @@ impl Desk {
         drop(watch);
         let consumer = subscribed.map_err(|error| self.lost(error))?;
         let mut taken = Vec::with_capacity(usize::from(want));
-        let received = self.receive(&consumer, usize::from(want), &mut taken, stop);
+        let received = self.receive(&consumer, usize::from(want), &mut taken);
         // Cancelled and drained before it is dropped: a drop under way can end
         // the connection.
         let watch = link.watch(CALL_WITHIN);
@@ -494,7 +523,6 @@ impl Desk {
         consumer: &Consumer<'_>,
         want: usize,
         taken: &mut Vec<amiquip::Delivery>,
-        stop: Option<&Stop>,
     ) -> Result<(), DeskError> {
         let mut idle_since = Instant::now();
         while taken.len() < want {
@@ -506,9 +534,6 @@ impl Desk {
                     idle_since = Instant::now();
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    if stop.is_some_and(Stop::is_set) {
-                        return Err(DeskError::Stopped);
-                    }
                     let (ready, _) = self.count()?;
                     if ready == 0 && consumer.receiver().is_empty() {
                         return Ok(());
@@ -567,46 +592,6 @@ impl Desk {
         }
     }
 
-    /// `None` for a probe of a daemon's, which is no letter and stays.
-    fn hand_over(&mut self, mut delivery: amiquip::Delivery) -> Result<Option<Handed>, DeskError> {
-        let tag = delivery.delivery_tag();
-        let channel = self.parts()?.1.channel_id();
-        let repairs = self.repairs.take(channel, tag);
-        let headers = delivery.properties.headers().as_ref();
-        let header = |name: &str| headers.and_then(|headers| headers.get(name));
-        if header(PROBE_HEADER).is_some() {
-            return Ok(None);
-        }
-        let returns = header("x-delivery-count").map_or(0, |value| match value {
-            AmqpValue::LongLongInt(count) => *count,
-            _ => 0,
-        });
-        if returns >= RETURNS_MAX && !self.unlimited {
-            self.prove_unlimited(returns)?;
-        }
-        let mut properties = Properties::from_amqp(&delivery.properties);
-        // The queue's notes about its handing out, not the message's.
-        for name in ["x-delivery-count", "x-acquired-count"] {
-            properties.remove_header(name);
-        }
-        let message = convert::hollow_out(&mut delivery, repairs);
-        let exchange = std::mem::take(&mut delivery.exchange);
-        let routing_key = std::mem::take(&mut delivery.routing_key);
-        empty(&mut delivery);
-        Ok(Some(Handed {
-            ticket: Ticket {
-                desk: self.number,
-                chunk: self.chunks.len().saturating_sub(1),
-                shell: Box::new(delivery),
-            },
-            message,
-            exchange,
-            routing_key,
-            properties,
-            returns,
-        }))
-    }
-
     /// An old broker has no limit of its own, and a queue that was declared
     /// without one has none.
     fn prove_unlimited(&mut self, returns: i64) -> Result<(), DeskError> {
@@ -628,11 +613,45 @@ impl Desk {
     }
 }
 
-fn empty(shell: &mut amiquip::Delivery) {
-    shell.body = Vec::new();
-    shell.exchange = String::new();
-    shell.routing_key = String::new();
-    shell.properties = amiquip::AmqpProperties::default();
+impl Handed {
+    fn new(
+        mut delivery: amiquip::Delivery,
+        repairs: Repairs,
+        desk: u64,
+        chunk: &Arc<Mutex<Chunk>>,
+    ) -> Self {
+        let headers = delivery.properties.headers().as_ref();
+        let returns = headers.and_then(|headers| headers.get(RETURNS_HEADER));
+        let returns = match returns {
+            Some(AmqpValue::LongLongInt(count)) => *count,
+            _ => 0,
+        };
+        let mut properties = Properties::from_amqp(&delivery.properties);
+        // The queue's notes about its handing out, not the message's.
+        for name in [RETURNS_HEADER, "x-acquired-count"] {
+            properties.remove_header(name);
+        }
+        let message = convert::hollow_out(&mut delivery, repairs);
+        delivery.properties = amiquip::AmqpProperties::default();
+        Self {
+            message,
+            exchange: std::mem::take(&mut delivery.exchange),
+            routing_key: std::mem::take(&mut delivery.routing_key),
+            properties,
+            returns,
+            ticket: Ticket {
+                desk,
+                chunk: Arc::clone(chunk),
+                shell: Some(Box::new(delivery)),
+            },
+        }
+    }
+
+    /// Whether a daemon sent it to see whether it arrives: it is no letter, and
+    /// stays.
+    fn is_probe(&self) -> bool {
+        self.properties.header(PROBE_HEADER).is_some()
+    }
 }
 
 impl Drop for Desk {
