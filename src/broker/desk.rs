@@ -26,8 +26,9 @@
 //! to have no limit. (`x-delivery-limit` -1 is no limit since 4.0; 3.10 takes
 //! it for a limit and drops what comes back once.)
 
+mod ticket;
+
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use amiquip::{AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions};
@@ -41,8 +42,11 @@ use super::guard::RepairLog;
 use super::properties::Properties;
 use super::topology::{self, PROBE_HEADER};
 use crate::config::checked;
-use crate::message::{Message, Repairs};
+use crate::message::Message;
 use crate::stop::Stop;
+
+use ticket::Left;
+pub use ticket::Ticket;
 
 /// Longest wait for the broker's answer to one call.
 const CALL_WITHIN: Duration = Duration::from_secs(10);
@@ -72,9 +76,6 @@ const CHUNK_BYTES: usize = 8 << 20;
 /// Times that a letter of a quorum queue may have come back before a desk
 /// refuses: the brokers' own limit since 4.0 is 20.
 const RETURNS_MAX: i64 = 15;
-
-/// The header by which a quorum queue says how often a letter came back.
-const RETURNS_HEADER: &str = "x-delivery-count";
 
 /// How long letters can be held: RabbitMQ closes a channel that holds one
 /// unacked for 30 minutes (`consumer_timeout`).
@@ -158,29 +159,6 @@ fn minutes(held: Duration) -> String {
     format!("{} minutes", held.as_secs() / 60)
 }
 
-/// What acks one letter, at the desk that handed it out. Dropping it leaves the
-/// letter to go back to the queue.
-#[must_use = "a letter whose ticket is dropped goes back to the queue"]
-pub struct Ticket {
-    desk: u64,
-    chunk: Arc<Mutex<Chunk>>,
-    /// `None` once it is acked.
-    shell: Option<Box<amiquip::Delivery>>,
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        let Some(shell) = self.shell.take() else {
-            return;
-        };
-        let mut chunk = lock(&self.chunk);
-        let later = |end: &Box<amiquip::Delivery>| end.delivery_tag() > shell.delivery_tag();
-        if !chunk.end.as_ref().is_some_and(later) {
-            chunk.end = Some(shell);
-        }
-    }
-}
-
 /// One letter, as the queue handed it out.
 pub struct Handed {
     /// What acks it.
@@ -198,17 +176,13 @@ pub struct Handed {
 }
 
 /// What one subscription took.
-#[derive(Default)]
 struct Chunk {
-    /// The last delivery whose ticket was dropped: it returns those before it
-    /// too. The broker closes the channel over one that was acked.
+    /// The last delivery, which returns those before it too; `None` once it is
+    /// acked: then the last of those that were left does.
     end: Option<Box<amiquip::Delivery>>,
+    left: Left,
     /// How many are neither acked nor returned.
     held: u32,
-}
-
-fn lock(chunk: &Mutex<Chunk>) -> MutexGuard<'_, Chunk> {
-    chunk.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An open queue with what was taken from it.
@@ -225,7 +199,7 @@ pub struct Desk {
     through: bool,
     chunk: u16,
     /// What was taken, in the order in which it came.
-    chunks: Vec<Arc<Mutex<Chunk>>>,
+    chunks: Vec<Chunk>,
     since: Option<Instant>,
     /// Whether returns are known to do no harm.
     unlimited: bool,
@@ -319,17 +293,12 @@ impl Desk {
             let queue = self.queue.clone();
             return Err(DeskError::Held { queue, held });
         }
-        let handed = self.take_chunk(self.chunk)?;
-        let largest = handed.iter().map(|letter| letter.message.body.len()).max();
-        let largest = largest.unwrap_or_default().max(1);
-        let letters: Vec<Handed> = handed
-            .into_iter()
-            .filter(|letter| !letter.is_probe())
-            .collect();
-        for letter in &letters {
-            if letter.returns >= RETURNS_MAX && !self.unlimited {
-                self.prove_unlimited(letter.returns)?;
-            }
+        let deliveries = self.take_chunk(self.chunk)?;
+        let mut largest = 1;
+        let mut letters = Vec::with_capacity(deliveries.len());
+        for delivery in deliveries {
+            largest = largest.max(delivery.body.len());
+            letters.extend(self.hand_over(delivery)?);
         }
         let fitting = u16::try_from(CHUNK_BYTES / largest).unwrap_or(CHUNK_MAX);
         let next = self.chunk.saturating_mul(4).min(fitting);
@@ -347,20 +316,24 @@ impl Desk {
     /// # Errors
     ///
     /// [`DeskError::Lost`]: the letter may be back in the queue.
-    pub fn ack(&mut self, mut ticket: Ticket) -> Result<(), DeskError> {
+    pub fn ack(&mut self, ticket: Ticket) -> Result<(), DeskError> {
         if ticket.desk != self.number {
             return Err(self.lost("the letter was handed out by another desk"));
         }
-        let Some(shell) = ticket.shell.take() else {
+        let number = ticket.chunk;
+        let Some(shell) = ticket.redeem() else {
             return Ok(());
         };
+        let tag = shell.delivery_tag();
         let (link, channel) = self.parts()?;
         let watch = link.watch(CALL_WITHIN);
         let acked = shell.ack(channel);
         drop(watch);
         acked.map_err(|error| self.lost(error))?;
-        let mut chunk = lock(&ticket.chunk);
-        chunk.held = chunk.held.saturating_sub(1);
+        if let Some(chunk) = self.chunks.get_mut(number) {
+            chunk.held = chunk.held.saturating_sub(1);
+            chunk.end.take_if(|end| end.delivery_tag() == tag);
+        }
         Ok(())
     }
 
@@ -412,16 +385,17 @@ impl Desk {
 
     fn return_all(&mut self) -> Result<(), DeskError> {
         for chunk in std::mem::take(&mut self.chunks) {
-            let Chunk { end, held } = std::mem::take(&mut *lock(&chunk));
-            // What somebody still has a ticket of goes back with the channel.
-            let Some(end) = end else { continue };
+            let end = chunk.end.or_else(|| chunk.left.take());
+            let Some(end) = end.filter(|_| chunk.held > 0) else {
+                continue;
+            };
             let (ready, _) = self.count()?;
             let (link, channel) = self.parts()?;
             let watch = link.watch(CALL_WITHIN);
             let returned = end.nack_multiple(channel, true);
             drop(watch);
             returned.map_err(|error| self.lost(error))?;
-            self.wait_for_ready(ready.saturating_add(held))?;
+            self.wait_for_ready(ready.saturating_add(chunk.held))?;
         }
         self.settle()
     }
@@ -476,25 +450,24 @@ impl Desk {
         }
     }
 
-    /// At most `most` letters, fewer at the end; probes among them.
-    fn take_chunk(&mut self, most: u16) -> Result<Vec<Handed>, DeskError> {
+    /// At most `most` letters, fewer at the end.
+    fn take_chunk(&mut self, most: u16) -> Result<Vec<amiquip::Delivery>, DeskError> {
         let left = self.depth.saturating_sub(self.taken);
         let want = u16::try_from(left).unwrap_or(u16::MAX).min(most);
         let deliveries = self.consume(want)?;
         self.since = self.since.or(Some(Instant::now()));
         self.taken += deliveries.len() as u64;
         self.through = deliveries.len() < usize::from(want);
-        let channel = self.parts()?.1.channel_id();
-        let chunk = Arc::new(Mutex::new(Chunk {
-            end: None,
-            held: u32::try_from(deliveries.len()).unwrap_or(u32::MAX),
-        }));
-        self.chunks.push(Arc::clone(&chunk));
-        let letters = deliveries.into_iter().map(|delivery| {
-            let repairs = self.repairs.take(channel, delivery.delivery_tag());
-            Handed::new(delivery, repairs, self.number, &chunk)
-        });
-        Ok(letters.collect())
+        if let Some(last) = deliveries.last() {
+            let mut end = last.clone();
+            empty(&mut end);
+            self.chunks.push(Chunk {
+                end: Some(Box::new(end)),
+                left: Left::default(),
+                held: u32::try_from(deliveries.len()).unwrap_or(u32::MAX),
+            });
+        }
+        Ok(deliveries)
     }
 
     /// One subscription that can take no more than `want`.
@@ -592,6 +565,47 @@ impl Desk {
         }
     }
 
+    /// `None` for a probe of a daemon's, which is no letter and stays.
+    fn hand_over(&mut self, mut delivery: amiquip::Delivery) -> Result<Option<Handed>, DeskError> {
+        let tag = delivery.delivery_tag();
+        let channel = self.parts()?.1.channel_id();
+        let repairs = self.repairs.take(channel, tag);
+        let chunk = self.chunks.len().saturating_sub(1);
+        let left = self.chunks.last().map(|chunk| chunk.left.clone());
+        let left = left.unwrap_or_default();
+        let headers = delivery.properties.headers().as_ref();
+        let header = |name: &str| headers.and_then(|headers| headers.get(name));
+        if header(PROBE_HEADER).is_some() {
+            empty(&mut delivery);
+            left.leave(Box::new(delivery));
+            return Ok(None);
+        }
+        let returns = header("x-delivery-count").map_or(0, |value| match value {
+            AmqpValue::LongLongInt(count) => *count,
+            _ => 0,
+        });
+        if returns >= RETURNS_MAX && !self.unlimited {
+            self.prove_unlimited(returns)?;
+        }
+        let mut properties = Properties::from_amqp(&delivery.properties);
+        // The queue's notes about its handing out, not the message's.
+        for name in ["x-delivery-count", "x-acquired-count"] {
+            properties.remove_header(name);
+        }
+        let message = convert::hollow_out(&mut delivery, repairs);
+        let exchange = std::mem::take(&mut delivery.exchange);
+        let routing_key = std::mem::take(&mut delivery.routing_key);
+        empty(&mut delivery);
+        Ok(Some(Handed {
+            ticket: Ticket::new(self.number, chunk, Box::new(delivery), &left),
+            message,
+            exchange,
+            routing_key,
+            properties,
+            returns,
+        }))
+    }
+
     /// An old broker has no limit of its own, and a queue that was declared
     /// without one has none.
     fn prove_unlimited(&mut self, returns: i64) -> Result<(), DeskError> {
@@ -613,45 +627,11 @@ impl Desk {
     }
 }
 
-impl Handed {
-    fn new(
-        mut delivery: amiquip::Delivery,
-        repairs: Repairs,
-        desk: u64,
-        chunk: &Arc<Mutex<Chunk>>,
-    ) -> Self {
-        let headers = delivery.properties.headers().as_ref();
-        let returns = headers.and_then(|headers| headers.get(RETURNS_HEADER));
-        let returns = match returns {
-            Some(AmqpValue::LongLongInt(count)) => *count,
-            _ => 0,
-        };
-        let mut properties = Properties::from_amqp(&delivery.properties);
-        // The queue's notes about its handing out, not the message's.
-        for name in [RETURNS_HEADER, "x-acquired-count"] {
-            properties.remove_header(name);
-        }
-        let message = convert::hollow_out(&mut delivery, repairs);
-        delivery.properties = amiquip::AmqpProperties::default();
-        Self {
-            message,
-            exchange: std::mem::take(&mut delivery.exchange),
-            routing_key: std::mem::take(&mut delivery.routing_key),
-            properties,
-            returns,
-            ticket: Ticket {
-                desk,
-                chunk: Arc::clone(chunk),
-                shell: Some(Box::new(delivery)),
-            },
-        }
-    }
-
-    /// Whether a daemon sent it to see whether it arrives: it is no letter, and
-    /// stays.
-    fn is_probe(&self) -> bool {
-        self.properties.header(PROBE_HEADER).is_some()
-    }
+fn empty(shell: &mut amiquip::Delivery) {
+    shell.body = Vec::new();
+    shell.exchange = String::new();
+    shell.routing_key = String::new();
+    shell.properties = amiquip::AmqpProperties::default();
 }
 
 impl Drop for Desk {
