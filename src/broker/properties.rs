@@ -120,6 +120,15 @@ impl Properties {
         self.headers.as_mut()?.remove(name)
     }
 
+    /// Without what brokers wrote about its way: `x-death` and the like.
+    #[must_use]
+    pub fn without_journey(mut self) -> Self {
+        for name in convert::OF_THE_BROKER {
+            self.remove_header(name);
+        }
+        self
+    }
+
     /// Moves aside what the broker would act on if it were published again, as
     /// the daemon does in its copies: the header `CC`, by which it would come to
     /// other queues once more, and a `user_id` that is not `user`, which the

@@ -10,6 +10,7 @@ pub mod ledger;
 pub mod man;
 pub mod migrate;
 pub mod publish;
+pub mod replay;
 pub mod run;
 pub mod terminal;
 pub mod why;
@@ -87,6 +88,8 @@ pub enum Command {
     Ledger(ledger::Arguments),
     /// Tell what became of one message
     Why(why::Arguments),
+    /// Publish dead letters again, each confirmed before it leaves their queue
+    Replay(replay::Arguments),
     /// Look at dead letters, and clear them away
     Dead(dead::Arguments),
     /// Publish messages, each confirmed by the broker: for tests and repairs
@@ -154,6 +157,7 @@ pub fn main() -> Exit {
         Command::Migrate(arguments) => migrate::run(&arguments),
         Command::Ledger(arguments) => ledger::run(&arguments),
         Command::Why(arguments) => why::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
         Command::Dead(arguments) => dead::run(&arguments),
         Command::Publish(arguments) => publish::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),

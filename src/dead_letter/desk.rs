@@ -195,6 +195,31 @@ impl<'a> Desk<'a> {
         Ok(self.queue.give_back()?)
     }
 
+    /// Gives back every letter that was not acked and opens the queue anew, with
+    /// the depth it has by then: before the broker takes back what is held for
+    /// too long. Nobody else can sit down in between.
+    ///
+    /// # Errors
+    ///
+    /// As [`Desk::open`] and [`Desk::give_back`].
+    pub fn open_anew(
+        self,
+        config: &Config,
+        purpose: &str,
+        despite_limit: bool,
+    ) -> Result<Self, Trouble> {
+        self.queue.give_back()?;
+        let name = &self.consumer.topology.dead_letter_queue;
+        let purpose = format!("{} {purpose}", self.consumer.name);
+        let queue = desk::Desk::open(&config.broker, name, &purpose, despite_limit)?;
+        let read = 0;
+        Ok(Self {
+            queue,
+            read,
+            ..self
+        })
+    }
+
     /// As [`Desk::give_back`], but nobody else can sit down until the session
     /// that is returned ends.
     ///

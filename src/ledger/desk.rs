@@ -174,6 +174,14 @@ pub struct ActionId {
     consumer_id: i16,
 }
 
+impl ActionId {
+    /// `ackonce.consumer.id` of the consumer whose letters it is about.
+    #[must_use]
+    pub fn consumer_id(self) -> i16 {
+        self.consumer_id
+    }
+}
+
 /// Writes down that `action` begins, and deletes what is written about old
 /// ones.
 ///
