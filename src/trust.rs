@@ -135,7 +135,9 @@ impl TlsProblem {
             Self::NotYetValid => {
                 Some("the server's certificate is not valid yet, or this host's clock is wrong")
             }
-            Self::NotTls => Some("the port does not speak TLS; is it another one?"),
+            Self::NotTls => {
+                Some("the port does not speak TLS; is it the one for plain connections?")
+            }
             Self::Other => None,
         }
     }

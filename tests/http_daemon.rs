@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use amiquip::AmqpValue;
 use percent_encoding::percent_decode_str;
 use serde_json::Value;
+use sqlx::Row;
 
 use common::{
     Answer, Config, Consumer, Dead, Msg, ORDERS, ORDERS_DEAD, Receiver, Request, World, eventually,
@@ -21,7 +22,8 @@ use common::{
 
 fn orders(receiver: &Receiver) -> Consumer {
     Consumer::orders()
-        .http(&receiver.url())
+        .handler("http")
+        .set("handler.url", receiver.url())
         .set("handler.timeout", "800ms")
         .set("handler.connect_timeout", "500ms")
         .set("claim.lease", "1200ms")
@@ -163,7 +165,7 @@ fn every_answer_leads_where_the_table_says() {
         row.unwrap().error.clone()
     };
     assert!(
-        text("404").ends_with(": no such order \u{fffd}[31m"),
+        text("404").ends_with("\nno such order \u{fffd}[31m"),
         "{}",
         text("404")
     );
@@ -190,7 +192,8 @@ fn a_receiver_that_refuses_us_pauses_the_consumer_and_costs_no_attempt() {
     let ids = numbered_ids("m", 30);
     world.broker.send(ORDERS, ids.iter().map(|id| Msg::new(id)));
     let daemon = world.run(&config);
-    daemon.wait_for_log(&["401"]);
+    daemon.wait_for_log(&["paused: ", "answered 401", "code=401"]);
+    assert!(!daemon.logged(&["who are you"]), "it may quote a message");
     receiver.wait_for(5);
     closed.store(false, SeqCst);
     eventually("all are applied", || {
@@ -467,4 +470,97 @@ fn check_tells_whether_the_receiver_can_be_reached() {
         "{text}"
     );
     assert_eq!(status, Some(69), "{text}");
+}
+
+/// A program that is killed when the test ends.
+struct Program(std::process::Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// The shipped receiver in Python, and its URL.
+fn example_receiver(world: &World, secret: &str) -> (Program, String) {
+    use std::io::{BufRead, BufReader};
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/receivers/receiver.py"
+    );
+    let mut child = std::process::Command::new("python3")
+        .args([path, "0"])
+        .arg(world.path("receiver.db"))
+        .env("SIGNING_SECRET", secret)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("python3");
+    let mut port = String::new();
+    let stdout = child.stdout.take().expect("a pipe");
+    BufReader::new(stdout)
+        .read_line(&mut port)
+        .expect("its port");
+    (Program(child), format!("http://127.0.0.1:{}/", port.trim()))
+}
+
+#[test]
+fn the_shipped_receiver_applies_each_message_once_while_daemons_are_killed() {
+    const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+    let world = World::new();
+    let (_program, url) = example_receiver(&world, SECRET);
+    let consumer = Consumer::orders()
+        .handler("http")
+        .set("handler.url", url.as_str())
+        .set("handler.signing_secrets", vec![SECRET])
+        .set("claim.lease", "1200ms")
+        .set("claim.renew_every", "300ms")
+        .set("max_deaths", 100)
+        .max_attempts(50);
+    let config = world.config().consumer(consumer);
+    world.prepare(&config);
+    let mut ids = Vec::new();
+    for (round, failpoint) in ["leased", "called", "called", "done", "settled"]
+        .iter()
+        .enumerate()
+    {
+        let fresh = numbered_ids(&format!("m-{round}"), 20);
+        world
+            .broker
+            .send(ORDERS, fresh.iter().chain(&fresh).map(|id| Msg::new(id)));
+        ids.extend(fresh);
+        let mut daemon = world
+            .daemon(&config)
+            .dies_at(failpoint, 1 + round as u32 % 3)
+            .start();
+        daemon.wait_until_killed();
+    }
+    drain(&world, &config, ids.len());
+    let mut answer = ureq::get(&url).call().unwrap();
+    let effects: BTreeMap<String, u64> =
+        serde_json::from_str(&answer.body_mut().read_to_string().unwrap()).unwrap();
+    let wanted = ids.iter().map(|id| (format!("orders:{id}"), 1)).collect();
+    assert_eq!(effects, wanted);
+}
+
+#[test]
+fn the_shipped_statement_writes_effect_and_key_together_and_once() {
+    let world = World::new();
+    world
+        .db
+        .execute(include_str!("../examples/receivers/upsert.sql"));
+    let apply = |key: &str, amount: u32| {
+        let body = format!("{{\"order_id\": 7, \"amount\": {amount}}}");
+        let execute = format!("execute apply('{key}', convert_to('{body}', 'UTF8'))");
+        let rows = world.db.rows(&execute);
+        (rows[0].get::<i64, _>(0), rows[0].get::<bool, _>(1))
+    };
+    assert_eq!(apply("orders:a", 5), (1, true));
+    assert_eq!(apply("orders:a", 5), (0, true));
+    assert_eq!(apply("orders:a", 6), (0, false));
+    assert_eq!(apply("orders:b", 5), (1, true));
+    assert_eq!(
+        world.db.texts("select amount::text from payment"),
+        ["5", "5"]
+    );
 }

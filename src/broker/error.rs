@@ -8,6 +8,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::address::AddressError;
+pub use crate::trust::TlsProblem;
 
 /// What a connection was waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,43 +36,6 @@ impl Stage {
                  3 s before it closes)"
             }
             Self::Channel => "opening a channel",
-        }
-    }
-}
-
-/// What TLS did not like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TlsProblem {
-    /// The certificate is not signed by an authority that is trusted here.
-    UnknownIssuer,
-    /// The certificate is for other host names.
-    WrongHost,
-    /// The certificate's time has passed, or this host's clock is wrong.
-    Expired,
-    /// The certificate's time has not come, or this host's clock is wrong.
-    NotYetValid,
-    /// The port answered with something that is not TLS.
-    NotTls,
-    /// Anything else; the detail says what.
-    Other,
-}
-
-impl TlsProblem {
-    fn hint(self) -> &'static str {
-        match self {
-            Self::UnknownIssuer => {
-                "the server's certificate is not signed by a trusted authority; set ca_file in \
-                 [broker] to the authority's certificate"
-            }
-            Self::WrongHost => {
-                "the server's certificate is for another host name; use one it lists in the URL"
-            }
-            Self::Expired => "the server's certificate has expired, or this host's clock is wrong",
-            Self::NotYetValid => {
-                "the server's certificate is not valid yet, or this host's clock is wrong"
-            }
-            Self::NotTls => "the port does not speak TLS; is it the one for amqp://?",
-            Self::Other => "see the broker's log",
         }
     }
 }
@@ -125,7 +89,10 @@ pub enum ConnectError {
         detail: String,
     },
     /// The TLS handshake failed.
-    #[error("failed to set up TLS with {address}: {detail}; {}", problem.hint())]
+    #[error(
+        "failed to set up TLS with {address}: {detail}; {}",
+        problem.hint().unwrap_or("see the broker's log")
+    )]
     Tls {
         /// Whereto, without password.
         address: String,

@@ -93,12 +93,6 @@ impl Consumer {
         self.set("handler.type", "sql").set("handler.sql", text)
     }
 
-    /// Handler of type `http` that sends to `url`.
-    #[must_use]
-    pub fn http(self, url: &str) -> Self {
-        self.handler("http").set("handler.url", url)
-    }
-
     /// A handler of type `kind`, in place of the one there is.
     #[must_use]
     pub fn handler(mut self, kind: &str) -> Self {

@@ -49,7 +49,8 @@ const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature
 /// close theirs after 5 s, and a request that crosses the close is lost.
 const IDLE_MAX: Duration = Duration::from_secs(4);
 
-/// Longest piece of an answer that a failure's text repeats, in characters.
+/// Longest text of a failure with what the receiver said, in characters: the
+/// journal keeps no more.
 const SHOWN_MAX: usize = 2_000;
 
 /// Why no request can be made at all.
@@ -255,17 +256,15 @@ impl HttpHandler {
             return read.map(drop).map_err(|error| self.cut_short(error));
         }
         let header = |name| answer.headers().get(name)?.to_str().ok();
+        // The first line is ours; what the receiver says may quote the message.
         let mut text = format!("{} answered {}", self.place, answer.status());
-        if let Some(location) = header(LOCATION) {
-            text.push_str(&format!(", which points to {location}"));
+        let location = header(LOCATION).map(|location| format!("location: {location} "));
+        let said = location.unwrap_or_default() + &String::from_utf8_lossy(&body);
+        let said = harmless(&said, SHOWN_MAX - 1 - text.chars().count());
+        if !said.is_empty() {
+            text = format!("{text}\n{said}");
         }
-        if !body.is_empty() {
-            text.push_str(&format!(": {}", String::from_utf8_lossy(&body)));
-        }
-        let mut failed = failure(
-            HttpFailure::Status(answer.status().as_u16()),
-            harmless(&text),
-        );
+        let mut failed = failure(HttpFailure::Status(answer.status().as_u16()), text);
         failed.retry_after = header(RETRY_AFTER)
             .and_then(|value| retry_after::wait(value, header(DATE), SystemTime::now()));
         Err(failed)
@@ -380,9 +379,9 @@ fn no_line(error: &NoLine) -> Failure {
     failure(kind, error.to_string())
 }
 
-/// `text` on one line, cut, without characters that act on a terminal or on
+/// `text` on one line of at most `most` characters, without characters that act on a terminal or on
 /// the order of others.
-fn harmless(text: &str) -> String {
+fn harmless(text: &str, most: usize) -> String {
     let mut out = String::new();
     let mut space = true;
     for character in text.chars() {
@@ -400,7 +399,7 @@ fn harmless(text: &str) -> String {
         space = shown == ' ';
     }
     let out = out.trim_end();
-    match out.char_indices().nth(SHOWN_MAX - 1) {
+    match out.char_indices().nth(most.saturating_sub(1)) {
         Some((at, _)) if out[at..].chars().nth(1).is_some() => format!("{}…", &out[..at]),
         _ => out.to_owned(),
     }
@@ -415,12 +414,15 @@ mod tests {
     #[test]
     fn what_a_receiver_says_stands_on_one_line_and_does_nothing() {
         assert_eq!(
-            harmless("  no\r\n\tsuch \u{1b}[31morder\0 \n"),
+            harmless("  no\r\n\tsuch \u{1b}[31morder\0 \n", SHOWN_MAX),
             "no such \u{fffd}[31morder\u{fffd}"
         );
-        assert_eq!(harmless("a\u{202e}b"), "a\u{fffd}b");
-        assert_eq!(harmless(&"ü".repeat(SHOWN_MAX)).chars().count(), SHOWN_MAX);
-        let cut = harmless(&"ü".repeat(SHOWN_MAX + 1));
+        assert_eq!(harmless("a\u{202e}b", SHOWN_MAX), "a\u{fffd}b");
+        assert_eq!(
+            harmless(&"ü".repeat(SHOWN_MAX), SHOWN_MAX).chars().count(),
+            SHOWN_MAX
+        );
+        let cut = harmless(&"ü".repeat(SHOWN_MAX + 1), SHOWN_MAX);
         assert_eq!(cut.chars().count(), SHOWN_MAX);
         assert!(cut.ends_with('…'));
     }
@@ -428,7 +430,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_answer_breaks_a_line_or_the_bound(text in any::<String>()) {
-            let shown = harmless(&text);
+            let shown = harmless(&text, SHOWN_MAX);
             prop_assert!(shown.chars().count() <= SHOWN_MAX);
             prop_assert!(!shown.chars().any(char::is_control));
         }
