@@ -17,7 +17,7 @@ use crate::broker::connection::{self, Link};
 use crate::broker::consumer::{self, End, Feed};
 use crate::broker::topology::{self, TopologyError};
 use crate::config::checked;
-use crate::handler;
+use crate::handler::{self, rust::Makers};
 use crate::ledger::{self, Schema};
 use crate::message::{Epoch, Settled};
 use crate::pool::Pool;
@@ -49,15 +49,16 @@ pub enum Fatal {
     System(#[from] anyhow::Error),
 }
 
-/// Runs every consumer until `stop`, or until one cannot go on.
+/// Runs every consumer until `stop`, or until one cannot go on; `makers` are the
+/// program's own handlers.
 ///
 /// # Errors
 ///
 /// [`Fatal`], after the other consumers have been stopped too.
-pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
+pub fn run(config: &checked::Config, makers: &Makers, stop: &Stop) -> Result<(), Fatal> {
     let host = host();
     for consumer in &config.consumers {
-        let handler = handler::build(consumer).map_err(|e| Fatal::Config(e.to_string()))?;
+        let handler = handler::build(consumer, makers).map_err(|e| Fatal::Config(e.to_string()))?;
         log::info!(
             consumer = consumer.name.as_str(), handler = handler.kind(), effect:% = handler.effect();
             "handles messages"
@@ -75,6 +76,7 @@ pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
         let runner = Runner {
             config: config.clone(),
             consumer: Arc::new(consumer.clone()),
+            makers: makers.clone(),
             host: host.clone(),
             stop: all_stopping.clone(),
         };
@@ -175,6 +177,7 @@ enum Next {
 struct Runner {
     config: checked::Config,
     consumer: Arc<checked::Consumer>,
+    makers: Makers,
     host: String,
     stop: Stop,
 }
@@ -186,7 +189,7 @@ impl Runner {
         let mut declared = false;
         loop {
             let since = Instant::now();
-            let mut pool = Pool::start(&self.config, &self.consumer, &self.host)?;
+            let mut pool = Pool::start(&self.config, &self.consumer, &self.makers, &self.host)?;
             let next = self.serve(&mut pool, &mut epoch, &mut declared);
             pool.stop(match next {
                 // The stop has waited for the workers, or there is one to

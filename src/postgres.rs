@@ -58,6 +58,8 @@ pub struct Session {
     connection: PgConnection,
     runtime: tokio::runtime::Runtime,
     reply_timeout: Duration,
+    /// Nothing more may be run on it.
+    abandoned: bool,
 }
 
 impl Session {
@@ -86,6 +88,7 @@ impl Session {
                     connection,
                     runtime,
                     reply_timeout: config.statement_timeout + REPLY_GRACE,
+                    abandoned: false,
                 });
             }
             Ok(Err(error)) => match from_sqlx(&error) {
@@ -111,6 +114,9 @@ impl Session {
         &mut self,
         call: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, Error> {
+        if self.abandoned {
+            return Err(Error::Lost("it was given up".to_owned()));
+        }
         let connection = &mut self.connection;
         let reply_timeout = self.reply_timeout;
         self.runtime.block_on(async move {
@@ -119,6 +125,12 @@ impl Session {
                 Err(_) => Err(Error::Lost(format!("no reply within {reply_timeout:?}"))),
             }
         })
+    }
+
+    /// Gives the session up: from now on every call fails with
+    /// [`Error::Lost`], so that whoever holds it drops it.
+    pub fn abandon(&mut self) {
+        self.abandoned = true;
     }
 
     /// Runs statements that take no parameters.
