@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ackonce::failure::{Class, ExitFailure, class_of_exit_status};
+use ackonce::handler::rust::Makers;
 use ackonce::message::Message;
 use common::program::{
     Programs, apply, apply_and_cancel, apply_as, hostile_messages, passed_on, running_with,
@@ -197,7 +198,7 @@ fn the_environment_is_what_the_configuration_says_and_nothing_of_the_daemons() {
         "argv = [\"./program\"]\npass_env = [\"LANG\", \"PATH\", \"UNSET\"]\nenv = { TOKEN = \"${SECRET}!\" }",
         &variables,
     );
-    let built = ackonce::handler::build(&consumer).unwrap();
+    let built = ackonce::handler::build(&consumer, &Makers::default()).unwrap();
     let ackonce::handler::Handler::Keyed(mut handler) = built else {
         panic!("a handler with a key");
     };
@@ -432,7 +433,7 @@ fn many_workers_at_once_do_not_hold_one_anothers_pipes() {
         for worker in 0..8_u32 {
             let consumer = &consumer;
             scope.spawn(move || {
-                let built = ackonce::handler::build(consumer).unwrap();
+                let built = ackonce::handler::build(consumer, &Makers::default()).unwrap();
                 let ackonce::handler::Handler::Keyed(mut handler) = built else {
                     panic!("a handler with a key");
                 };
