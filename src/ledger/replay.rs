@@ -32,6 +32,8 @@ pub struct Asked<'a> {
 pub struct Known {
     /// Fingerprint of the ledger row with its id.
     pub applied: Option<Fingerprint>,
+    /// A keyed handler is at it: the lease of its claim goes on.
+    pub claimed: bool,
     /// A copy of it waits for a retry, or is on its way back from there.
     pub waits: bool,
     /// How long ago it was first dead-lettered, as far as the journal goes back.
@@ -143,8 +145,9 @@ pub fn look_up(
     session.run(async |connection| {
         let rows = sqlx::query(
             "SELECT ledger.fingerprint, coalesce(last.waits, false), \
-             extract(epoch FROM now() - first.failed_at)::float8 \
-             FROM unnest($2::text[], $3::bytea[]) WITH ORDINALITY \
+             extract(epoch FROM now() - first.failed_at)::float8, EXISTS (SELECT \
+             FROM ackonce.claim WHERE consumer_id = $1 AND message_id = asked.message_id \
+             AND lease_until > clock_timestamp()) FROM unnest($2::text[], $3::bytea[]) WITH ORDINALITY \
              AS asked (message_id, fingerprint, place) \
              LEFT JOIN ackonce.ledger ON ledger.consumer_id = $1 \
              AND ledger.message_id = asked.message_id \
@@ -168,6 +171,7 @@ pub fn look_up(
                 let dead_for: Option<f64> = row.try_get(2)?;
                 Ok(Known {
                     applied: fingerprint(row, 0)?,
+                    claimed: row.try_get(3)?,
                     waits: row.try_get(1)?,
                     // A clock that was set back makes it young.
                     dead_for: dead_for.map(|s| Duration::try_from_secs_f64(s).unwrap_or_default()),
