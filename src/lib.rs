@@ -23,7 +23,7 @@
 //! | floor | rooms | they must not |
 //! |---|---|---|
 //! | data and rules | [`message`], [`lifecycle`], [`failure`], [`identity`], [`backoff`], [`config::checked`], [`broker::window`] | do I/O |
-//! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`gate`], [`postgres`] | know what a message means |
+//! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`gate`], [`postgres`], [`trust`] | know what a message means |
 //! | adapters | [`broker`], [`claim`], [`ledger`], [`handler`] | know one another |
 //! | work | [`pipeline`], [`pool`], [`inspect`], [`prune`], [`why`], [`dead_letter`] | name AMQP or Redis types |
 //! | process | [`daemon`], [`observe`] | exit |
@@ -57,4 +57,5 @@ pub mod postgres;
 pub mod prune;
 pub mod random;
 pub mod stop;
+pub mod trust;
 pub mod why;

@@ -224,6 +224,8 @@ pub struct Message {
     pub body: Vec<u8>,
     /// The `message_id` property.
     pub message_id: Option<String>,
+    /// The `content_type` property.
+    pub content_type: Option<String>,
     /// The `timestamp` property, which AMQP counts in whole seconds.
     pub published_at: Option<SystemTime>,
     /// The header table as JSON. Byte arrays become `\x`-prefixed hex, times

@@ -29,7 +29,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("flights", &["message"]),
         ("observe", &[]),
     ],
-    &[("postgres", &[])],
+    &[("postgres", &[]), ("trust", &[])],
     &[
         ("broker", &[]),
         ("claim", &[]),

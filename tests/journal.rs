@@ -21,6 +21,7 @@ fn failure(class: Class, code: Option<&str>, text: &str) -> Failure {
         class,
         code: code.map(str::to_owned),
         text: text.to_owned(),
+        retry_after: None,
     }
 }
 
@@ -32,6 +33,7 @@ fn entry<'a>(id: Option<&'a MessageId>, failure: &'a Failure) -> JournalEntry<'a
         retry_in: None,
         failure,
         attempt: 1,
+        worker: None,
         duration: None,
         exchange: "",
         routing_key: "orders",

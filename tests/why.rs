@@ -72,6 +72,7 @@ impl Writer {
             },
             code: Some("40P01".to_owned()),
             text: error.to_owned(),
+            retry_after: None,
         };
         let entry = JournalEntry {
             message_id: Some(&self.id),

@@ -42,6 +42,7 @@ pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> 
         replayed: header(REPLAYS_HEADER).is_some(),
         body: std::mem::take(&mut delivery.body),
         message_id: properties.message_id().clone(),
+        content_type: properties.content_type().clone(),
         // Some publishers send milliseconds; that is a far future, not an error.
         published_at: properties
             .timestamp()

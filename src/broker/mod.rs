@@ -1,6 +1,7 @@
 //! RabbitMQ: the only folder that names AMQP types.
 
 pub mod address;
+pub mod cause;
 pub mod confirms;
 pub mod connection;
 pub mod consumer;
@@ -12,6 +13,7 @@ pub mod guard;
 pub mod outgoing;
 pub mod properties;
 pub mod publisher;
+pub mod session;
 pub mod tls;
 pub mod topology;
 pub mod transport;

@@ -19,6 +19,7 @@ use crate::config::checked::{Broker, Consumer, DeadLetters, TopologyMode};
 pub use error::TopologyError;
 use parts::Part;
 pub use probe::HEADER as PROBE_HEADER;
+pub(super) use probe::is_one as is_probe;
 
 /// Everything that comes before consuming: makes what is needed, compares it or
 /// looks for it, and then proves that a dead letter has somewhere to go. Each
@@ -54,43 +55,43 @@ pub fn prepare(
                 find(link, &part, within)?;
                 compare(link, &part, within)?;
             }
-            prove(broker, consumer, proves, within)
+            prove(link, broker, consumer, proves, within)
         }
         TopologyMode::None => {
             for part in parts::used(consumer) {
                 find(link, &part, within)?;
             }
-            prove(broker, consumer, proves, within)
+            prove(link, broker, consumer, proves, within)
         }
     }
 }
 
 fn prove(
+    link: &Link,
     broker: &Broker,
     consumer: &Consumer,
     proves: bool,
     within: Duration,
 ) -> Result<(), TopologyError> {
     match proves {
-        true => probe::dead_letters(broker, consumer, within),
+        true => probe::dead_letters(broker, link.server(), consumer, within),
         false => Ok(()),
     }
 }
 
-/// Makes the queues again in which messages wait for their retry, for when one
-/// was deleted under a running daemon. Makes nothing unless the mode is
-/// `declare`.
+/// Makes everything again, for when a queue, an exchange or a binding was
+/// deleted under a running daemon. Makes nothing unless the mode is `declare`.
 ///
 /// # Errors
 ///
-/// [`TopologyError`] for the first one that cannot be declared.
-pub fn declare_retry_queues(
+/// [`TopologyError`] for the first thing that cannot be declared.
+pub fn declare_again(
     link: &mut Link,
     consumer: &Consumer,
     within: Duration,
 ) -> Result<(), TopologyError> {
     match consumer.topology.mode {
-        TopologyMode::Declare => declare_all(link, parts::retry_queues(consumer), within),
+        TopologyMode::Declare => declare_all(link, parts::all(consumer), within),
         TopologyMode::Verify | TopologyMode::None => Ok(()),
     }
 }

@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
-use redis::{Connection, Script};
+use redis::{Connection, Script, Value};
 
-use super::{Claim, Tokens, client, milliseconds, read};
+use super::link::{client, connect};
+use super::{Claim, Tokens, milliseconds, read};
 use crate::config::checked;
 use crate::message::MessageId;
 
@@ -48,9 +49,7 @@ impl Inspector {
         consumer: &checked::Consumer,
         ledger_id: &str,
     ) -> anyhow::Result<Self> {
-        let connection = client(redis)?.get_connection_with_timeout(redis.connect_timeout)?;
-        connection.set_read_timeout(Some(redis.timeout))?;
-        connection.set_write_timeout(Some(redis.timeout))?;
+        let connection = connect(&client(redis)?, redis.connect_timeout, redis.timeout)?;
         Ok(Self {
             connection,
             stem: format!("{}:{ledger_id}:{}:", redis.key_prefix, consumer.name),
@@ -72,8 +71,8 @@ impl Inspector {
         for id in ids {
             command.arg(self.key(id));
         }
-        let values: Vec<Option<Vec<u8>>> = command.query(&mut self.connection)?;
-        let held = |value: &Option<Vec<u8>>| read(value.as_deref()) == Claim::Held;
+        let values: Vec<Value> = command.query(&mut self.connection)?;
+        let held = |value: &Value| read(value, "") == Claim::Held;
         Ok(values.iter().map(held).collect())
     }
 

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::checked::{Claim, Consumer, Handler, Identity, SqlHandler};
+use super::checked::{Claim, Consumer, Identity};
 use super::error::{Complaint, shown};
 use super::names::Names;
 use super::reader::{Field, Section, compare};
 use super::source::Span;
-use super::{defaults, duration, files, keys, retry, topology};
+use super::{defaults, duration, handler, keys, retry, topology};
 
 /// Every consumer that could be read whole; the rest is reported. No consumer
 /// may keep a message waiting for longer than `retention`.
@@ -65,10 +65,10 @@ fn consumer(
     let confirm_duplicates = section.boolean("confirm_duplicates", defaults::CONFIRM_DUPLICATES);
     let max_deaths = section.integer("max_deaths", &defaults::MAX_DEATHS);
     let retry = retry::retry(section, retention);
-    let failures = retry::failures(section);
     let claim = claim(section);
     let topology = topology::topology(section, name.as_ref(), retry.as_ref(), names);
-    let handler = handler(section);
+    let (handler, codes) = handler::handler(section);
+    let failures = retry::failures(section, codes);
     Some(Consumer {
         name: name?.value,
         workers: workers.value,
@@ -205,84 +205,6 @@ fn claim(consumer: &Section<'_>) -> Claim {
         done_ttl: done_ttl.value,
         recheck_every: recheck_every.value,
     }
-}
-
-/// `None` where something is wrong, which is reported.
-fn handler(consumer: &Section<'_>) -> Option<Handler> {
-    let section = consumer.section("handler", &keys::HANDLER);
-    let kind = section
-        .text("type")
-        .then(|kind| match kind.as_str() {
-            "sql" => Ok(()),
-            _ => Err(Complaint::new(
-                format!("cannot be {}", shown(&kind)),
-                "allowed: sql",
-            )),
-        })
-        .required("add type = \"sql\", and `file` or `sql` with the statements");
-    let (has_file, has_sql) = (section.has("file"), section.has("sql"));
-    if has_file && has_sql {
-        section.reader.report(
-            section.span_of("sql"),
-            "both `file` and `sql` in [consumer.handler]",
-            "keep one of them",
-        );
-        return None;
-    }
-    let handler = if has_file {
-        section
-            .text("file")
-            .then(|path| read_handler(&section, &path))
-    } else {
-        section.text("sql").then(|text| {
-            check_sql(&text)?;
-            Ok(SqlHandler {
-                text,
-                origin: INLINE.to_owned(),
-            })
-        })
-    };
-    let handler = if has_file || has_sql {
-        handler.optional()
-    } else {
-        if kind.is_some() {
-            section.report_missing("file", "add `file` with the path of a .sql file, or `sql`");
-        }
-        None
-    };
-    kind.and(handler).map(|field| Handler::Sql(field.value))
-}
-
-/// The origin of statements that stand in the configuration itself. No path
-/// looks like it: those are absolute.
-pub(super) const INLINE: &str = "inline";
-
-fn read_handler(section: &Section<'_>, path: &str) -> Result<SqlHandler, Complaint> {
-    let path = files::resolve(section.reader.folder, path);
-    let text = files::read_text(&path, defaults::HANDLER_FILE_MAX)
-        .map_err(|unreadable| unreadable.complaint(&path))?;
-    let origin = path.display().to_string();
-    check_sql(&text).map_err(|complaint| Complaint {
-        message: format!("{}: {origin}", complaint.message),
-        hint: complaint.hint,
-    })?;
-    Ok(SqlHandler { text, origin })
-}
-
-fn check_sql(text: &str) -> Result<(), Complaint> {
-    if text.trim().is_empty() {
-        return Err(Complaint::new(
-            "holds no statement",
-            "write the statements that apply the relation `message`",
-        ));
-    }
-    if text.contains('\0') {
-        return Err(Complaint::new(
-            "holds a NUL character",
-            "PostgreSQL text cannot hold one: is it a .sql file?",
-        ));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod consumer;
 mod duration;
 mod error;
 mod files;
+mod handler;
 mod interpolate;
 mod names;
 mod print;

@@ -1,13 +1,22 @@
 //! What applies the effect of a message.
 //!
-//! A handler works inside the transaction that already holds the ledger rows
-//! of its messages, and never ends that transaction itself.
+//! A handler is of one of two kinds, and the kind is its promise. One that is
+//! [`Transactional`] works inside the transaction that already holds the ledger
+//! rows of its messages: its effect and their rows commit together. One that is
+//! [`Keyed`] works on something that cannot share that transaction, and hands
+//! the message's id on as an idempotency key.
 
+pub mod command;
+pub mod http;
 pub mod sql;
 
 use crate::config::checked;
+use crate::failure::Failure;
 use crate::message::{Message, MessageId};
 use crate::postgres::{Error, Session};
+use crate::stop::Stop;
+
+pub use crate::config::checked::Effect;
 
 /// One fresh message for a handler.
 #[derive(Debug, Clone, Copy)]
@@ -20,9 +29,38 @@ pub struct Work<'a> {
     pub attempt: u32,
 }
 
-/// Applies messages, through the session of the ledger's transaction.
-pub trait Handler: Send {
-    /// The kind, as in the configuration: for journal and logs.
+/// A worker's own handler, of either kind.
+pub enum Handler {
+    /// Its effect commits with the ledger rows.
+    Transactional(Box<dyn Transactional>),
+    /// Its effect is somewhere else.
+    Keyed(Box<dyn Keyed>),
+}
+
+impl Handler {
+    /// The type, as in the configuration: for journal and logs.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Transactional(handler) => handler.kind(),
+            Self::Keyed(handler) => handler.kind(),
+        }
+    }
+
+    /// What it can promise.
+    #[must_use]
+    pub fn effect(&self) -> Effect {
+        match self {
+            Self::Transactional(_) => Effect::Transactional,
+            Self::Keyed(_) => Effect::Keyed,
+        }
+    }
+}
+
+/// Applies messages through the session of the ledger's transaction, which it
+/// never ends itself.
+pub trait Transactional: Send {
+    /// The type, as in the configuration: for journal and logs.
     fn kind(&self) -> &'static str;
 
     /// Applies all of `batch`, or fails as a whole: on an error the caller
@@ -34,13 +72,46 @@ pub trait Handler: Send {
     fn apply(&mut self, session: &mut Session, batch: &[Work<'_>]) -> Result<(), Error>;
 }
 
+/// Applies messages somewhere outside the ledger's database.
+pub trait Keyed: Send {
+    /// The type, as in the configuration: for journal and logs.
+    fn kind(&self) -> &'static str;
+
+    /// Applies one message, under `work.message_id` as the idempotency key, and
+    /// returns within a bound of its own. `cancelled` is set when the result
+    /// will not count any more, since the claim is lost, and when the daemon
+    /// cannot wait for it any longer: whoever can, then ends what it has begun.
+    ///
+    /// # Errors
+    ///
+    /// Why it was not applied, or is not known to be.
+    fn apply(&mut self, work: &Work<'_>, cancelled: &Stop) -> Result<(), Failure>;
+}
+
+/// Why there can be no handler, in words for the author of the configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The statements cannot be run.
+    #[error(transparent)]
+    Script(#[from] sql::ScriptError),
+    /// No request can be made.
+    #[error(transparent)]
+    Http(#[from] http::SetupError),
+}
+
 /// Makes a worker's own handler.
 ///
 /// # Errors
 ///
 /// When the configuration cannot be run, in words for its author.
-pub fn build(config: &checked::Handler) -> Result<Box<dyn Handler>, sql::ScriptError> {
-    match config {
-        checked::Handler::Sql(config) => Ok(Box::new(sql::SqlHandler::new(config)?)),
-    }
+pub fn build(consumer: &checked::Consumer) -> Result<Handler, BuildError> {
+    Ok(match &consumer.handler {
+        checked::Handler::Sql(config) => {
+            Handler::Transactional(Box::new(sql::SqlHandler::new(config)?))
+        }
+        checked::Handler::Command(config) => Handler::Keyed(command::build(consumer, config)),
+        checked::Handler::Http(config) => {
+            Handler::Keyed(Box::new(http::HttpHandler::new(config, &consumer.name)?))
+        }
+    })
 }

@@ -10,7 +10,7 @@ use sqlparser::dialect::PostgreSqlDialect;
 use sqlparser::tokenizer::{Location, Token, TokenWithSpan, Tokenizer};
 use sqlx::{AssertSqlSafe, Executor, SqlSafeStr};
 
-use super::{Handler, Work};
+use super::{Transactional, Work};
 use crate::config::checked;
 use crate::message::Message;
 use crate::postgres::{Error, Session};
@@ -97,7 +97,7 @@ impl SqlHandler {
     }
 }
 
-impl Handler for SqlHandler {
+impl Transactional for SqlHandler {
     fn kind(&self) -> &'static str {
         "sql"
     }

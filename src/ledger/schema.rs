@@ -83,6 +83,7 @@ pub fn migrate(session: &mut Session) -> Result<(), Error> {
                 class: Class::Systemic,
                 code: None,
                 text: format!("failed to migrate the schema ackonce: {text}"),
+                retry_after: None,
             })
         })
 }

@@ -68,6 +68,7 @@ impl Worker {
                         class: Class::Permanent,
                         code: None,
                         text: format!("its worker died {deaths} times while it was in work"),
+                        retry_after: None,
                     });
                     self.advance(item, Event::Quarantined);
                 }

@@ -254,8 +254,13 @@ impl Daemon {
     }
 
     /// Stops it, and panics unless it ends with exit status 0.
-    pub fn stop(mut self) {
+    pub fn stop(self) {
         self.signal(Signal::SIGTERM);
+        self.wait_until_stopped();
+    }
+
+    /// Waits until it has stopped, and panics unless its exit status is 0.
+    pub fn wait_until_stopped(mut self) {
         let status = self.wait();
         assert_eq!(status.code(), Some(0), "exit status of a stop: {status}");
     }

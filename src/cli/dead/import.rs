@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::broker::address::Address;
 use crate::broker::publisher::{Fate, Limits, Publisher, Seq};
 use crate::cli::desk::{self, DeskArguments, connect, trouble, walk};
 use crate::cli::migrate::report;
@@ -200,13 +199,12 @@ fn publish(
     (mut there, new): (HashMap<Name, u64>, u64),
     stop: &Stop,
 ) -> Result<Exit, Exit> {
-    let address = Address::parse(&config.broker.url);
-    let user = address.map(|address| address.user).unwrap_or_default();
     let opened = Publisher::open(&config.broker, "dead import", Limits::default());
     let publisher = opened.map_err(|error| {
         eprintln!("ackonce: {error}");
         connect(&error)
     })?;
+    let user = publisher.user().to_owned();
     let file = arguments.file.display().to_string();
     let action = Action {
         consumer: &consumer.name,
