@@ -85,7 +85,7 @@ fn receivers(config: &checked::Config, findings: &mut Findings) {
         findings.add(&subject, Severity::Good, text);
         let subject = format!("handler of {}", consumer.name);
         match &consumer.handler {
-            checked::Handler::Sql(_) => {}
+            checked::Handler::Sql(_) | checked::Handler::Rust(_) => {}
             checked::Handler::Http(http) => match HttpHandler::probe(http) {
                 Ok(place) => {
                     findings.add(&subject, Severity::Good, format!("{place} can be reached"));
