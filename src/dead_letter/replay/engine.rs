@@ -84,6 +84,8 @@ pub(super) struct Engine<'a> {
     exchanges: HashMap<String, bool>,
     /// Letters of the frozen depth that were not read yet.
     unread: u64,
+    /// A letter was read for the first time since the queue was opened anew.
+    fresh: bool,
     /// Letters that were read and are still in the queue, by what is alike in
     /// them, with how many are; and those of them that come once more, since
     /// the queue was opened anew.
@@ -142,6 +144,7 @@ pub fn run<'a>(
         out: HashMap::new(),
         exchanges: HashMap::new(),
         unread: report.depth,
+        fresh: false,
         held: HashMap::new(),
         again: HashMap::new(),
         likeness: RandomState::new(),
@@ -214,7 +217,8 @@ impl<'a> Engine<'a> {
             if self.unread == 0 {
                 return Ok(false);
             }
-            if self.desk()?.held_for() > self.order.hold {
+            // Without a new letter since the last time it would go round.
+            if self.fresh && self.desk()?.held_for() > self.order.hold {
                 self.open_anew()?;
             }
             let stop = self.stop;
@@ -245,6 +249,7 @@ impl<'a> Engine<'a> {
             return false;
         }
         self.unread -= 1;
+        self.fresh = true;
         true
     }
 
@@ -260,6 +265,7 @@ impl<'a> Engine<'a> {
         let despite = self.order.despite_limit;
         self.desk = Some(desk.open_anew(self.config, PURPOSE, despite)?);
         self.again = std::mem::take(&mut self.held);
+        self.fresh = false;
         Ok(())
     }
 
