@@ -42,7 +42,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("pool", &["pipeline"]),
         ("prune", &[]),
         ("why", &[]),
-        ("dead_letter", &[]),
+        ("dead_letter", &["why"]),
     ],
     &[("daemon", &[])],
     &[("cli", &[])],
