@@ -32,6 +32,8 @@ pub struct Asked<'a> {
 pub struct Known {
     /// Fingerprint of the ledger row with its id.
     pub applied: Option<Fingerprint>,
+    /// A keyed handler is at it: the lease of its claim goes on.
+    pub claimed: bool,
     /// A copy of it waits for a retry, or is on its way back from there.
     pub waits: bool,
     /// How long ago it was first dead-lettered, as far as the journal goes back.
@@ -72,6 +74,8 @@ pub fn registration(session: &mut Session, consumer: &str) -> Result<Registratio
 pub enum Forgotten {
     /// Its ledger row is gone; or there was none.
     Yes,
+    /// A keyed handler is at it. Nothing was done.
+    AtWork,
     /// It was forgotten before, since the letter died, and was applied since:
     /// the letter was only not taken out then. Nothing was done.
     AppliedSince,
@@ -92,8 +96,10 @@ pub fn forget(
 ) -> Result<Forgotten, Error> {
     session.execute("BEGIN ISOLATION LEVEL READ COMMITTED")?;
     let result = session.run(async |connection| {
-        let applied_since: bool = sqlx::query_scalar(
-            "SELECT EXISTS (SELECT FROM ackonce.desk_letter AS forced \
+        let (at_work, applied_since): (bool, bool) = sqlx::query_as(
+            "SELECT EXISTS (SELECT FROM ackonce.claim WHERE consumer_id = $1 \
+             AND message_id = $2 AND lease_until > now()), \
+             EXISTS (SELECT FROM ackonce.desk_letter AS forced \
              JOIN ackonce.desk_action AS action ON action.id = forced.action_id \
              JOIN ackonce.ledger ON ledger.consumer_id = forced.consumer_id \
              AND ledger.message_id = forced.message_id \
@@ -108,6 +114,9 @@ pub fn forget(
         .bind(died_at)
         .fetch_one(&mut *connection)
         .await?;
+        if at_work {
+            return Ok(Forgotten::AtWork);
+        }
         if applied_since {
             return Ok(Forgotten::AppliedSince);
         }
@@ -143,7 +152,9 @@ pub fn look_up(
     session.run(async |connection| {
         let rows = sqlx::query(
             "SELECT ledger.fingerprint, coalesce(last.waits, false), \
-             extract(epoch FROM now() - first.failed_at)::float8 \
+             extract(epoch FROM now() - first.failed_at)::float8, \
+             EXISTS (SELECT FROM ackonce.claim WHERE consumer_id = $1 \
+             AND message_id = asked.message_id AND lease_until > now()) \
              FROM unnest($2::text[], $3::bytea[]) WITH ORDINALITY \
              AS asked (message_id, fingerprint, place) \
              LEFT JOIN ackonce.ledger ON ledger.consumer_id = $1 \
@@ -168,6 +179,7 @@ pub fn look_up(
                 let dead_for: Option<f64> = row.try_get(2)?;
                 Ok(Known {
                     applied: fingerprint(row, 0)?,
+                    claimed: row.try_get(3)?,
                     waits: row.try_get(1)?,
                     // A clock that was set back makes it young.
                     dead_for: dead_for.map(|s| Duration::try_from_secs_f64(s).unwrap_or_default()),
