@@ -150,7 +150,8 @@ fn postgres(config: &checked::Config, findings: &mut Findings) {
             Err(error) => findings.add(&subject, Severity::Wrong, error.to_string()),
             Ok(handler) => match handler.prepare(&mut session) {
                 Ok(()) => findings.add(&subject, Severity::Good, "every statement is understood"),
-                Err((script, error)) => {
+                Err(refused) => {
+                    let (script, error) = *refused;
                     findings.add(&subject, severity_of(&error), script.to_string());
                 }
             },

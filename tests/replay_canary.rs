@@ -111,23 +111,27 @@ fn the_second_step_can_die_too() {
     assert_eq!(world.db.effect_count(), 5);
 }
 
-#[test]
-fn the_share_that_may_fail_is_the_operators_choice() {
+/// Replays 40 letters, of which every other one fails still.
+fn half_fail(abort_at: &str, exit: i32, replayed: u64, dead: usize) {
     let world = World::new();
     let config = judged(&world, "quorum", "reject");
     kill_messages(&world, &config, 40);
-    // Every other one fails still.
     only_these_fail(&world, order(&world, &config).iter().step_by(2));
     let daemon = world.run(&config);
-    let strict = replay(&world, &config, &["--canary", "10", "--abort-at", "49"]).expect(1);
-    assert_eq!(summary(&strict)["replayed"], 10);
-    wait_for_letters(&world, 35);
-    let lenient = replay(&world, &config, &["--canary", "4", "--abort-at", "75"]).expect(0);
-    let report = summary(&lenient);
-    assert_eq!(report["replayed"], 35, "{report}");
-    wait_for_letters(&world, 20);
+    let ended = replay(&world, &config, &["--canary", "10", "--abort-at", abort_at]).expect(exit);
+    assert_eq!(summary(&ended)["replayed"], replayed);
+    wait_for_letters(&world, dead);
     daemon.stop();
-    assert_eq!(world.db.effect_count(), 20);
+}
+
+#[test]
+fn half_may_fail_when_the_operator_says_so() {
+    half_fail("50", 0, 40, 20);
+}
+
+#[test]
+fn a_little_less_than_half_is_too_little() {
+    half_fail("49", 1, 10, 35);
 }
 
 #[test]

@@ -138,6 +138,39 @@ fn one_that_is_in_work_is_not_touched() {
 }
 
 #[test]
+fn one_that_a_keyed_handler_is_at_is_in_progress_until_its_lease_ends() {
+    let world = World::new();
+    let config = applied_and_dead(&world, "quorum", "reject").set("redis.enabled", false);
+    world.db.execute(
+        "insert into ackonce.claim select now() + interval '1 hour', now(), 1, id, 'm-1', '', 'h' \
+         from ackonce.consumer; delete from ackonce.ledger where message_id = 'm-1'",
+    );
+    let report = summary(&force(&world, &config, &["m-1"]).run().expect(75));
+    assert_eq!(report["left"]["in-progress"], 1, "{report}");
+    // Claimed between the look-up and the forgetting, it is left as well.
+    world
+        .db
+        .execute("update ackonce.claim set message_id = 'm-2'");
+    let gate = world.gate();
+    let forcing = force(&world, &config, &["m-0"])
+        .pauses_at("ForceSeized", 1, &gate)
+        .start();
+    gate.wait_until_hit();
+    world
+        .db
+        .execute("update ackonce.claim set message_id = 'm-0'");
+    gate.open();
+    let report = summary(&forcing.wait().expect(75));
+    assert_eq!(report["left"]["in-progress"], 1, "{report}");
+    assert_eq!(world.db.ledger(ORDERS), ["m-0", "m-2"]);
+    world
+        .db
+        .execute("update ackonce.claim set lease_until = now() - interval '1 hour'");
+    force(&world, &config, &["m-0"]).run().expect(0);
+    assert_eq!(world.db.ledger(ORDERS), ["m-2"]);
+}
+
+#[test]
 fn without_redis_nothing_is_forgotten() {
     let world = World::new();
     let config = applied_and_dead(&world, "quorum", "reject");

@@ -74,6 +74,8 @@ pub fn registration(session: &mut Session, consumer: &str) -> Result<Registratio
 pub enum Forgotten {
     /// Its ledger row is gone; or there was none.
     Yes,
+    /// A keyed handler is at it. Nothing was done.
+    AtWork,
     /// It was forgotten before, since the letter died, and was applied since:
     /// the letter was only not taken out then. Nothing was done.
     AppliedSince,
@@ -94,8 +96,10 @@ pub fn forget(
 ) -> Result<Forgotten, Error> {
     session.execute("BEGIN ISOLATION LEVEL READ COMMITTED")?;
     let result = session.run(async |connection| {
-        let applied_since: bool = sqlx::query_scalar(
-            "SELECT EXISTS (SELECT FROM ackonce.desk_letter AS forced \
+        let (at_work, applied_since): (bool, bool) = sqlx::query_as(
+            "SELECT EXISTS (SELECT FROM ackonce.claim WHERE consumer_id = $1 \
+             AND message_id = $2 AND lease_until > now()), \
+             EXISTS (SELECT FROM ackonce.desk_letter AS forced \
              JOIN ackonce.desk_action AS action ON action.id = forced.action_id \
              JOIN ackonce.ledger ON ledger.consumer_id = forced.consumer_id \
              AND ledger.message_id = forced.message_id \
@@ -110,6 +114,9 @@ pub fn forget(
         .bind(died_at)
         .fetch_one(&mut *connection)
         .await?;
+        if at_work {
+            return Ok(Forgotten::AtWork);
+        }
         if applied_since {
             return Ok(Forgotten::AppliedSince);
         }

@@ -40,14 +40,7 @@ impl Engine<'_> {
             cause: error.to_string(),
         };
         let Some(seized) = self.lookout.seize(id).map_err(unanswered)? else {
-            let at_work = Judged {
-                verdict: Verdict {
-                    standing: Standing::InProgress,
-                    why: "a worker holds its id at the moment".to_owned(),
-                },
-                ..judged.clone()
-            };
-            self.leave(&at_work);
+            self.leave_at_work(judged);
             return Ok(Forgot::AtWork);
         };
         failpoint::hit(Step::ForceSeized);
@@ -63,7 +56,23 @@ impl Engine<'_> {
                 self.report.forgotten += 1;
                 Forgot::Yes
             }
+            Forgotten::AtWork => {
+                self.leave_at_work(judged);
+                Forgot::AtWork
+            }
             Forgotten::AppliedSince => Forgot::AppliedSince,
         })
+    }
+
+    fn leave_at_work(&mut self, judged: &Judged) {
+        let verdict = Verdict {
+            standing: Standing::InProgress,
+            why: "a worker is at it at the moment".to_owned(),
+        };
+        let judged = Judged {
+            verdict,
+            ..judged.clone()
+        };
+        self.leave(&judged);
     }
 }
