@@ -28,7 +28,7 @@
 //! | data and rules | [`message`], [`lifecycle`], [`failure`], [`identity`], [`backoff`], [`config::checked`], [`broker::window`] | do I/O |
 //! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`gate`], [`postgres`], [`trust`] | know what a message means |
 //! | adapters | [`broker`], [`claim`], [`ledger`], [`handler`] | know one another |
-//! | work | [`pipeline`], [`pool`], [`inspect`], [`prune`], [`why`] | name AMQP or Redis types |
+//! | work | [`pipeline`], [`pool`], [`inspect`], [`prune`], [`why`], [`dead_letter`] | name AMQP or Redis types |
 //! | process | [`daemon`], [`observe`] | exit |
 //! | command line | [`cli`], `main.rs` | have logic of their own |
 //! | library | [`worker`] | show what is below it |
@@ -53,6 +53,8 @@ pub mod cli;
 pub mod config;
 #[doc(hidden)]
 pub mod daemon;
+#[doc(hidden)]
+pub mod dead_letter;
 #[doc(hidden)]
 pub mod failpoint;
 #[doc(hidden)]

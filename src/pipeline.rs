@@ -27,14 +27,14 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use crate::backoff::Backoff;
 use crate::claim::{Claim, Claims, Token};
 use crate::config::checked;
-use crate::failpoint::{self, Step};
+use crate::failpoint::{self, Mutant, Step};
 use crate::failure::{Class, Failure};
 use crate::flights::Flights;
 use crate::gate::Gate;
 use crate::handler::Transactional;
 use crate::handler::rust::Makers;
 use crate::ledger::Ledger;
-use crate::lifecycle::Event;
+use crate::lifecycle::{Body, Event};
 use crate::message::{Delivery, MessageId, Settled};
 use crate::random;
 use crate::stop::Stop;
@@ -381,7 +381,11 @@ impl Worker {
                     item.on(Event::ClaimWon);
                     recording.push(item);
                 }
-                Claim::Done(_) if self.shared.consumer.confirm_duplicates => {
+                Claim::Unknown => {
+                    item.on(Event::ClaimUnavailable);
+                    recording.push(item);
+                }
+                Claim::Done(_) if self.must_confirm(&item) => {
                     item.on(Event::ClaimUnavailable);
                     recording.push(item);
                 }
@@ -389,11 +393,20 @@ impl Worker {
                     let body = item.compare(print);
                     self.advance(item, Event::MarkedDone(body));
                 }
+                Claim::Held if failpoint::mutant(Mutant::HeldClaim) => {
+                    self.advance(item, Event::MarkedDone(Body::Same));
+                }
                 Claim::Held => self.advance(item, Event::ClaimHeld),
             }
         }
         self.tokens.push(token);
         recording
+    }
+
+    /// Whether Redis is not believed when it calls a message done. The row that
+    /// a replayed one's mark speaks of may have been forgotten by an operator.
+    fn must_confirm(&self, item: &Item) -> bool {
+        self.shared.consumer.confirm_duplicates || item.delivery.message.replayed
     }
 
     fn ask_redis(&mut self, items: &[Item]) -> Option<(Token, Vec<Claim>)> {

@@ -131,9 +131,7 @@ fn claims(config: &checked::Config, consumer: &checked::Consumer) -> anyhow::Res
     let Some(redis) = &config.redis else {
         return Ok(Vec::new());
     };
-    (0..consumer.workers)
-        .map(|_| Claims::new(redis, &consumer.claim, &consumer.name))
-        .collect()
+    Claims::for_workers(consumer.workers, redis, &consumer.claim, &consumer.name)
 }
 
 fn renewal(

@@ -197,7 +197,7 @@ fn the_environment_is_what_the_configuration_says_and_nothing_of_the_daemons() {
         "argv = [\"./program\"]\npass_env = [\"LANG\", \"PATH\", \"UNSET\"]\nenv = { TOKEN = \"${SECRET}!\" }",
         &variables,
     );
-    let built = ackonce::handler::build(&consumer).unwrap();
+    let built = ackonce::handler::build(&consumer, &Default::default()).unwrap();
     let ackonce::handler::Handler::Keyed(mut handler) = built else {
         panic!("a handler with a key");
     };
@@ -432,7 +432,7 @@ fn many_workers_at_once_do_not_hold_one_anothers_pipes() {
         for worker in 0..8_u32 {
             let consumer = &consumer;
             scope.spawn(move || {
-                let built = ackonce::handler::build(consumer).unwrap();
+                let built = ackonce::handler::build(consumer, &Default::default()).unwrap();
                 let ackonce::handler::Handler::Keyed(mut handler) = built else {
                     panic!("a handler with a key");
                 };

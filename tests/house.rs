@@ -42,6 +42,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("pool", &["pipeline"]),
         ("prune", &[]),
         ("why", &[]),
+        ("dead_letter", &[]),
     ],
     &[("daemon", &[])],
     &[("cli", &[])],

@@ -8,6 +8,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::address::AddressError;
+use super::cause::Cause;
 pub use crate::trust::TlsProblem;
 
 /// What a connection was waiting for.
@@ -114,7 +115,10 @@ pub enum ConnectError {
         address: String,
     },
     /// The vhost does not exist, or the user may not use it, or is over a limit.
-    #[error("failed to open the vhost of {address}: {text} (reply {code})")]
+    #[error(
+        "failed to open the vhost of {address}: {text} (reply {code}); make it, and give the user \
+         configure, write and read permission on it"
+    )]
     Vhost {
         /// Whereto, without password.
         address: String,
@@ -144,6 +148,9 @@ pub enum ConnectError {
         /// What happened.
         detail: String,
     },
+    /// Each of several URLs failed.
+    #[error("none of the {} URLs of the broker is of use: {}", .0.len(), joined(.0))]
+    All(Vec<ConnectError>),
     /// This host has no threads, sockets or memory left.
     #[error("failed to prepare a connection to {address}: {detail}")]
     Local {
@@ -152,6 +159,11 @@ pub enum ConnectError {
         /// What is missing.
         detail: String,
     },
+}
+
+fn joined(errors: &[ConnectError]) -> String {
+    let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    texts.join("; ")
 }
 
 impl ConnectError {
@@ -209,7 +221,7 @@ pub enum LinkError {
     Lost {
         /// Whereto, without password.
         address: String,
-        /// The broker's or the socket's words.
-        cause: String,
+        /// The broker's or the socket's words, and what they mean.
+        cause: Cause,
     },
 }

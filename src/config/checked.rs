@@ -49,11 +49,12 @@ pub struct Config {
     pub consumers: Vec<Consumer>,
 }
 
-/// `[broker]`: the RabbitMQ server.
+/// `[broker]`: the RabbitMQ server, or the nodes of a cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Broker {
-    /// `amqp://` or `amqps://` URL.
-    pub url: Secret,
+    /// `amqp://` or `amqps://` URLs of one broker or of the nodes of one
+    /// cluster, tried in turn: 1 to 16, each once.
+    pub urls: Vec<Secret>,
     /// PEM file with the certificate authorities to trust instead of the
     /// system's (`amqps` only).
     pub ca_file: Option<std::path::PathBuf>,

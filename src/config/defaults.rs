@@ -72,7 +72,10 @@ pub const SHUTDOWN_TIMEOUT: Setting<Duration> = setting(ms(25 * SECOND), ms(100)
 /// `[daemon] reconnect_min`
 pub const RECONNECT_MIN: Setting<Duration> = setting(ms(100), ms(10), ms(MINUTE));
 /// `[daemon] reconnect_max`
-pub const RECONNECT_MAX: Setting<Duration> = setting(ms(10 * SECOND), ms(10), ms(10 * MINUTE));
+pub const RECONNECT_MAX: Setting<Duration> = setting(ms(3 * SECOND), ms(10), ms(10 * MINUTE));
+
+/// Most servers that `[broker] url` names.
+pub const BROKER_URLS_MAX: usize = 16;
 
 /// Longest `[[consumer]] name`, in characters.
 pub const CONSUMER_NAME_MAX: usize = 64;

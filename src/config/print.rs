@@ -37,7 +37,7 @@ struct Writer {
 impl Writer {
     fn servers(&mut self, config: &Config) {
         self.header("[broker]");
-        self.secret("url", &config.broker.url);
+        self.secrets("url", &config.broker.urls);
         if let Some(path) = &config.broker.ca_file {
             self.path("ca_file", path);
         }
@@ -142,7 +142,7 @@ impl Writer {
         let argv = std::iter::once(program).chain(handler.arguments.iter().cloned());
         self.list("argv", argv);
         self.path("working_directory", &handler.working_directory);
-        self.secrets("env", &handler.env);
+        self.secret_table("env", &handler.env);
         let names = handler.pass_env.iter().map(|(name, _)| name.clone());
         self.list("pass_env", names);
         self.duration("timeout", handler.timeout);
@@ -163,7 +163,7 @@ impl Writer {
             self.string("content_type", content_type);
         }
         if !handler.headers.is_empty() {
-            self.secrets("headers", &handler.headers);
+            self.secret_table("headers", &handler.headers);
         }
         self.list("forward_headers", handler.forward_headers.iter().cloned());
         self.string("key_header", &handler.key_header);
@@ -247,12 +247,11 @@ impl Writer {
     }
 
     fn secret(&mut self, key: &str, value: &Secret) {
-        let text = self.shown(value).to_owned();
-        self.string(key, &text);
+        self.string(key, self.shown(value));
     }
 
-    /// A table of them.
-    fn secrets(&mut self, key: &str, entries: &[(String, Secret)]) {
+    /// A table of secrets.
+    fn secret_table(&mut self, key: &str, entries: &[(String, Secret)]) {
         let entries: Vec<String> = entries
             .iter()
             .map(|(name, value)| {
@@ -263,11 +262,21 @@ impl Writer {
         self.plain(key, format_args!("{{ {} }}", entries.join(", ")));
     }
 
+    /// One as a string, several as a list.
+    fn secrets(&mut self, key: &str, values: &[Secret]) {
+        match values {
+            [one] => self.secret(key, one),
+            several => {
+                let shown: Vec<_> = several.iter().map(|s| self.shown(s).to_owned()).collect();
+                self.list(key, shown.into_iter());
+            }
+        }
+    }
+
     fn shown<'s>(&self, value: &'s Secret) -> &'s str {
-        if self.show_secrets {
-            value.expose()
-        } else {
-            REDACTED
+        match self.show_secrets {
+            true => value.expose(),
+            false => REDACTED,
         }
     }
 }

@@ -133,6 +133,11 @@ impl<'r> Section<'r> {
         self.value(key).is_some()
     }
 
+    /// Whether `key` holds a list.
+    pub(super) fn has_list(&self, key: &'static str) -> bool {
+        self.value(key).is_some_and(|it| it.get_ref().is_array())
+    }
+
     /// Where the value of `key` is, or else the section.
     pub(super) fn span_of(&self, key: &'static str) -> Span {
         self.value(key)

@@ -190,6 +190,7 @@ impl Worker {
             Err(error) => return self.undo(items, error, Stage::Handler),
         }
         failpoint::hit(Step::Applied);
+        self.tell_too_early(items);
         match self.ledger.commit() {
             Ok(()) => {
                 failpoint::hit(Step::Committed);
@@ -204,6 +205,10 @@ impl Worker {
                 self.undo(items, Error::Refused(failure), Stage::Handler)
             }
             Err(CommitError::Unknown(cause)) => {
+                log::warn!(
+                    consumer = self.shared.consumer.name.as_str(), messages = items.len();
+                    "a commit was not answered, what it did is looked up: {cause}"
+                );
                 for item in items.iter_mut() {
                     item.on(Event::CommitUnknown);
                 }

@@ -8,11 +8,13 @@ use super::Worker;
 use super::item::Item;
 use crate::claim::Token;
 use crate::config::checked;
-use crate::failpoint::{self, Step};
+use crate::failpoint::{self, Mutant, Step};
 use crate::failure::Failure;
 use crate::ledger::{CommitError, JournalEntry, Owner};
 use crate::lifecycle::{Action, Event, State};
-use crate::message::{DeadReason, Fingerprint, MessageId, Parcel, Purpose, Settled, Settlement};
+use crate::message::{
+    DeadReason, Fingerprint, MessageId, Parcel, Purpose, Settled, Settlement, Ticket,
+};
 use crate::postgres::Error;
 
 /// What is decided and not yet told.
@@ -200,6 +202,28 @@ impl Worker {
             if self.verdict.is_empty() {
                 return;
             }
+        }
+    }
+
+    /// What a mutant tells before the commit; without one, nothing.
+    pub(super) fn tell_too_early(&mut self, items: &[Item]) {
+        if failpoint::mutant(Mutant::EarlyAck) {
+            let acks = items.iter().map(|item| Settled {
+                ticket: Ticket {
+                    epoch: item.epoch(),
+                    tag: item.delivery.ticket.tag,
+                },
+                settlement: Settlement::Ack,
+                parcel: None,
+            });
+            self.shared.outbox.send(acks.collect()).ok();
+        }
+        if failpoint::mutant(Mutant::EarlyMark)
+            && let Some(claims) = &mut self.claims
+        {
+            let ids = items.iter().filter_map(|item| item.id.as_ref());
+            let prints = items.iter().map(|item| item.fingerprint);
+            claims.mark_done(&ids.zip(prints).collect::<Vec<_>>());
         }
     }
 

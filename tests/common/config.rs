@@ -9,7 +9,8 @@ pub struct Config {
 }
 
 impl Config {
-    pub(super) fn new() -> Self {
+    /// An empty one.
+    pub fn new() -> Self {
         Self {
             table: Table::new(),
         }
@@ -34,6 +35,13 @@ impl Config {
             .expect("consumer is an array")
             .push(Value::Table(consumer.table));
         self
+    }
+
+    /// With `consumer` in the place of those there are.
+    #[must_use]
+    pub fn consumer_only(mut self, consumer: Consumer) -> Self {
+        self.table.remove("consumer");
+        self.consumer(consumer)
     }
 
     /// Names of its consumers.
