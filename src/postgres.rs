@@ -58,10 +58,10 @@ pub struct Session {
     connection: PgConnection,
     runtime: tokio::runtime::Runtime,
     reply_timeout: Duration,
-    /// Nothing more may be run on it.
-    abandoned: bool,
     /// For a reply to what takes the server no time.
     prompt_timeout: Duration,
+    /// Nothing more may be run on it.
+    abandoned: bool,
 }
 
 impl Session {
@@ -94,8 +94,8 @@ impl Session {
                     connection,
                     runtime,
                     reply_timeout: config.statement_timeout + REPLY_GRACE,
-                    abandoned: false,
                     prompt_timeout: config.connect_timeout,
+                    abandoned: false,
                 });
             }
             Ok(Err(error)) => match from_sqlx(&error) {

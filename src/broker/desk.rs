@@ -293,7 +293,7 @@ impl Desk {
             let queue = self.queue.clone();
             return Err(DeskError::Held { queue, held });
         }
-        let deliveries = self.take_chunk(self.chunk, Some(stop))?;
+        let deliveries = self.take_chunk(self.chunk)?;
         let mut largest = 1;
         let mut letters = Vec::with_capacity(deliveries.len());
         for delivery in deliveries {
@@ -373,7 +373,7 @@ impl Desk {
             return Ok(());
         }
         while !self.through && self.taken < self.depth {
-            match self.take_chunk(self.chunk, None) {
+            match self.take_chunk(self.chunk) {
                 Ok(_) => {}
                 // Then the rest stays where it is.
                 Err(DeskError::Stalled { .. }) => return Ok(()),
@@ -451,14 +451,10 @@ impl Desk {
     }
 
     /// At most `most` letters, fewer at the end.
-    fn take_chunk(
-        &mut self,
-        most: u16,
-        stop: Option<&Stop>,
-    ) -> Result<Vec<amiquip::Delivery>, DeskError> {
+    fn take_chunk(&mut self, most: u16) -> Result<Vec<amiquip::Delivery>, DeskError> {
         let left = self.depth.saturating_sub(self.taken);
         let want = u16::try_from(left).unwrap_or(u16::MAX).min(most);
-        let deliveries = self.consume(want, stop)?;
+        let deliveries = self.consume(want)?;
         self.since = self.since.or(Some(Instant::now()));
         self.taken += deliveries.len() as u64;
         self.through = deliveries.len() < usize::from(want);
@@ -475,7 +471,7 @@ impl Desk {
     }
 
     /// One subscription that can take no more than `want`.
-    fn consume(&self, want: u16, stop: Option<&Stop>) -> Result<Vec<amiquip::Delivery>, DeskError> {
+    fn consume(&self, want: u16) -> Result<Vec<amiquip::Delivery>, DeskError> {
         let (link, channel) = self.parts()?;
         let watch = link.watch(CALL_WITHIN);
         let subscribed = channel
@@ -484,7 +480,7 @@ impl Desk {
         drop(watch);
         let consumer = subscribed.map_err(|error| self.lost(error))?;
         let mut taken = Vec::with_capacity(usize::from(want));
-        let received = self.receive(&consumer, usize::from(want), &mut taken, stop);
+        let received = self.receive(&consumer, usize::from(want), &mut taken);
         // Cancelled and drained before it is dropped: a drop under way can end
         // the connection.
         let watch = link.watch(CALL_WITHIN);
@@ -500,7 +496,6 @@ impl Desk {
         consumer: &Consumer<'_>,
         want: usize,
         taken: &mut Vec<amiquip::Delivery>,
-        stop: Option<&Stop>,
     ) -> Result<(), DeskError> {
         let mut idle_since = Instant::now();
         while taken.len() < want {
@@ -512,9 +507,6 @@ impl Desk {
                     idle_since = Instant::now();
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    if stop.is_some_and(Stop::is_set) {
-                        return Err(DeskError::Stopped);
-                    }
                     let (ready, _) = self.count()?;
                     if ready == 0 && consumer.receiver().is_empty() {
                         return Ok(());
