@@ -20,6 +20,9 @@ use common::{
     Config, Consumer, Dead, Msg, ORDERS, ORDERS_DEAD, World, eventually, numbered_ids, run_ackonce,
 };
 
+/// Number of a lock that a handler takes before it panics.
+const LOCK: u32 = 4711;
+
 /// Does what the body says.
 struct Behave {
     /// What a panic would leave behind.
@@ -52,6 +55,9 @@ impl Behave {
             }
             "panic" => {
                 self.soiled = true;
+                // It lasts as long as the session does.
+                let lock = format!("SELECT pg_try_advisory_lock({LOCK})");
+                tx.run(async |c| sqlx::raw_sql(sqlx::AssertSqlSafe(lock)).execute(c).await)?;
                 panic!("as the body says");
             }
             "panic in a statement" => {
@@ -211,6 +217,10 @@ fn what_a_handler_says_becomes_of_its_message() {
     let daemon = start(&world, &config, "behave");
     let dead = world.broker.wait_for_dead(ORDERS_DEAD, bad.len());
     world.wait_for_effects((good.len() + filler.len()) as i64);
+    eventually("the sessions of panics are thrown away", || {
+        let held = format!("select count(*) from pg_locks where objid = {LOCK}");
+        world.db.count(&held) == 0
+    });
     daemon.stop();
     let applied: Vec<&str> = good
         .iter()
