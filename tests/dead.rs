@@ -152,16 +152,23 @@ fn looking_leaves_the_queue_as_it_was_byte_for_byte() {
 fn four_reasons(world: &World, kind: &str) -> Config {
     let config = config(world, kind);
     world.prepare(&config);
-    let number = |number: usize| json!({ "amount": number, "customer": { "country": "DE" } });
+    let number = |number: usize| json!({ "amount": number });
     let good = |number_: usize| {
         Msg::new(&format!("conflict-{number_}")).json(&json!({ "amount": number_ }))
     };
     world.broker.send(ORDERS, (0..250).map(good));
-    world.drain(&config, ORDERS);
+    let daemon = world.run(&config);
+    world.wait_for_effects(250);
+    let wait_for = |count| {
+        common::eventually("the dead letters", || {
+            world.broker.ready(ORDERS_DEAD) == count
+        });
+    };
     world.broker.send(
         ORDERS,
         (0..250).map(|n| Msg::new(&format!("conflict-{n}")).json(&number(n + 1_000))),
     );
+    wait_for(250);
     world.broker.publish(
         "events",
         "orders.new.de",
@@ -173,18 +180,18 @@ fn four_reasons(world: &World, kind: &str) -> Config {
                 .header("tenant", AmqpValue::LongInt(n % 5))
         }),
     );
+    wait_for(500);
     world.broker.send(
         ORDERS,
         (0..250).map(|n| Msg::anonymous().json(&json!({ "amount": n, "anonymous": true }))),
     );
+    wait_for(750);
     world.broker.send(
         ORDERS,
         (0..250).map(|n| Msg::new(&format!("large-{n}")).body(vec![b'x'; 4_000 + n])),
     );
-    world.drain(&config, ORDERS);
-    common::eventually("1,000 dead letters", || {
-        world.broker.ready(ORDERS_DEAD) == 1_000
-    });
+    wait_for(1_000);
+    daemon.stop();
     config
 }
 
@@ -426,4 +433,98 @@ fn what_was_asked_wrongly_is_refused_with_the_way_out() {
     world.prepare(&config);
     world.management.delete_queue(world.name(), ORDERS_DEAD);
     hints(&["list", ORDERS], 78, &[ORDERS_DEAD, "dead_letter_queue"]);
+}
+
+/// The most that the process had resident, in bytes, and what it printed.
+fn run_watched(arguments: &[&str]) -> (u64, Output) {
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_ackonce"))
+        .args(arguments)
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let watch = std::thread::spawn(move || {
+        let mut most = 0;
+        // The process is a zombie, without such a line, before it is waited for.
+        while let Ok(text) = std::fs::read_to_string(&status) {
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let Some(line) = line else { break };
+            let kib = line.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
+            most = most.max(kib * 1024);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        most
+    });
+    let output = child.wait_with_output().unwrap();
+    (watch.join().unwrap(), output)
+}
+
+#[test]
+fn a_hundred_thousand_letters_are_grouped_in_bounded_memory_with_progress() {
+    const LETTERS: usize = 100_000;
+    let world = World::new();
+    let config = config(&world, "quorum");
+    world.prepare(&config);
+    let pad = "x".repeat(1_000);
+    let letter = |n: usize| Msg::new(&format!("letter-{n}")).body(format!("letter-{n}-{pad}"));
+    world.broker.send(ORDERS_DEAD, (0..LETTERS).map(letter));
+    world.db.execute(&format!(
+        "insert into ackonce.consumer (name) values ('orders') on conflict do nothing; \
+         insert into ackonce.failure (consumer_id, attempt, message_id, fingerprint, reason, \
+         class, error, handler, host, exchange, routing_key) \
+         select consumer.id, 1, 'letter-' || n, \
+         sha256(convert_to('letter-' || n || '-{pad}', 'UTF8')), \
+         (array['rejected', 'max-attempts', 'crash-loop', 'too-large'])[n % 4 + 1], \
+         'permanent', 'broken', 'sql', 'host', '', 'orders' \
+         from generate_series(0, {} - 1) as n, ackonce.consumer",
+        LETTERS
+    ));
+    common::eventually("the letters", || {
+        world.broker.ready(ORDERS_DEAD) as usize == LETTERS
+    });
+    let path = world.write("config.toml", &config.text());
+    let path = path.to_str().unwrap();
+    let arguments = [
+        "dead",
+        "list",
+        ORDERS,
+        "--group-by",
+        "reason",
+        "--json",
+        "--config",
+        path,
+    ];
+    let (resident, output) = run_watched(&arguments);
+    let (groups, summary) = json_lines(&output);
+    assert_eq!(groups.len(), 4);
+    for group in &groups {
+        assert_eq!(group["letters"], LETTERS / 4, "{group}");
+    }
+    assert_eq!(summary["read"], LETTERS);
+    let progress = text(&output.stderr);
+    assert!(
+        progress.matches("of 100000 letters read").count() >= 10,
+        "{progress}"
+    );
+    // The letters alone are 100 MB.
+    println!("resident at most: {} KiB", resident / 1024);
+    assert!(
+        resident > 0 && resident < 64 << 20,
+        "{resident} bytes resident"
+    );
+    common::eventually("all are back", || {
+        world.broker.ready(ORDERS_DEAD) as usize == LETTERS
+    });
+    let first = world
+        .broker
+        .channel()
+        .basic_get(ORDERS_DEAD, true)
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        first.delivery.properties.message_id().as_deref(),
+        Some("letter-0")
+    );
 }

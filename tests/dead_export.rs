@@ -49,7 +49,7 @@ fn contents(dead: Vec<Dead>) -> Vec<(Vec<u8>, AmqpProperties)> {
 }
 
 /// Letters that the daemon made, with properties, headers of many types, and
-/// bodies that are no text.
+/// half of them with bodies that are no text.
 fn dead_letters(world: &World, config: &Config, count: usize) {
     world.prepare(config);
     let table = FieldTable::from([
@@ -61,8 +61,11 @@ fn dead_letters(world: &World, config: &Config, count: usize) {
     ]);
     let letter = |n: usize| {
         let n = n as i32;
-        Msg::new(&format!("bad-{n}"))
-            .body([&b"\xff\0 no JSON "[..], &n.to_be_bytes()].concat())
+        let letter = match n % 2 {
+            0 => Msg::new(&format!("bad-{n}")).json(&json!({ "amount": "ä\n", "n": n })),
+            _ => Msg::anonymous().body([&b"\xff\0"[..], &n.to_be_bytes()].concat()),
+        };
+        letter
             .header("i8", AmqpValue::ShortShortInt(-5))
             .header("i16", AmqpValue::ShortInt(-300))
             .header("i32", AmqpValue::LongInt(i32::MIN + n))
@@ -70,7 +73,6 @@ fn dead_letters(world: &World, config: &Config, count: usize) {
             .header("i64", AmqpValue::LongLongInt(i64::MAX))
             .header("float", AmqpValue::Float(0.1))
             .header("double", AmqpValue::Double(1e-300 / 3.0))
-            .header("infinite", AmqpValue::Double(f64::INFINITY))
             .header("bytes", AmqpValue::ByteArray(vec![0, 255]))
             .header("time", AmqpValue::Timestamp(u64::from(u32::MAX) + 1))
             .header("void", AmqpValue::Void)
@@ -94,10 +96,11 @@ fn dead_letters(world: &World, config: &Config, count: usize) {
             })
     };
     world.broker.send(ORDERS, (0..count).map(letter));
-    world.drain(config, ORDERS);
+    let daemon = world.run(config);
     common::eventually("the dead letters", || {
         world.broker.ready(ORDERS_DEAD) as usize == count
     });
+    daemon.stop();
 }
 
 #[test]

@@ -245,6 +245,12 @@ impl Link {
         self.server
     }
 
+    /// The first number of that version, if it has one.
+    #[must_use]
+    pub fn server_major(&self) -> Option<u32> {
+        self.server_version().split('.').next()?.parse().ok()
+    }
+
     /// Where it leads; `Display` shows it without the password.
     #[must_use]
     pub fn address(&self) -> &Address {

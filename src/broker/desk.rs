@@ -26,6 +26,7 @@
 //! to have no limit. (`x-delivery-limit` -1 is no limit since 4.0; 3.10 takes
 //! it for a limit and drops what comes back once.)
 
+mod error;
 mod ticket;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,11 +34,9 @@ use std::time::{Duration, Instant};
 
 use amiquip::{AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
-use thiserror::Error;
 
 use super::connection::{self, Link};
 use super::convert;
-use super::error::ConnectError;
 use super::guard::RepairLog;
 use super::properties::Properties;
 use super::topology::{self, PROBE_HEADER};
@@ -45,6 +44,7 @@ use crate::config::checked;
 use crate::message::Message;
 use crate::stop::Stop;
 
+pub use error::DeskError;
 use ticket::Left;
 pub use ticket::Ticket;
 
@@ -80,84 +80,6 @@ const RETURNS_MAX: i64 = 15;
 /// How long letters can be held: RabbitMQ closes a channel that holds one
 /// unacked for 30 minutes (`consumer_timeout`).
 pub const HOLD_MAX: Duration = Duration::from_secs(20 * 60);
-
-/// Why a desk cannot go on. What it held goes back to the queue.
-#[derive(Debug, Error)]
-pub enum DeskError {
-    /// There is no connection.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    /// There is no such queue.
-    #[error(
-        "failed to open queue {queue}: {text}\n  hint: the dead-letter queue is made when the \
-         daemon first runs; if it has another name, say so with dead_letter_queue in \
-         [consumer.topology]"
-    )]
-    Missing {
-        /// The queue.
-        queue: String,
-        /// The broker's words.
-        text: String,
-    },
-    /// The user lacks a right.
-    #[error("failed to open queue {queue}: {text}\n  hint: the user needs read permission on it")]
-    Denied {
-        /// The queue.
-        queue: String,
-        /// The broker's words.
-        text: String,
-    },
-    /// It has letters and hands none out.
-    #[error(
-        "queue {queue} says that {ready} letters are ready and hands none out\n  hint: another \
-         consumer is its single active one, or has a higher priority: end it first"
-    )]
-    Stalled {
-        /// The queue.
-        queue: String,
-        /// How many it says are ready.
-        ready: u32,
-    },
-    /// One more return could have the broker drop a letter.
-    #[error(
-        "queue {queue}: a letter came back {returns} times, and since RabbitMQ 4.0 a quorum queue \
-         drops what came back 20 times unless it has another limit\n  hint: take the limit off \
-         with a policy (rabbitmqctl set_policy --apply-to quorum_queues NAME PATTERN \
-         '{{\"delivery-limit\": -1}}'), then say --despite-delivery-limit"
-    )]
-    NearLimit {
-        /// The queue.
-        queue: String,
-        /// How often it came back.
-        returns: i64,
-    },
-    /// Letters were held so long that the broker is about to take them back.
-    #[error(
-        "queue {queue}: letters were held for {}, and the broker takes back what is held for half \
-         an hour\n  hint: run it again: it goes on with what is left", minutes(*held)
-    )]
-    Held {
-        /// The queue.
-        queue: String,
-        /// For how long.
-        held: Duration,
-    },
-    /// It was told to stop.
-    #[error("stopped")]
-    Stopped,
-    /// The connection or the channel is gone.
-    #[error("lost queue {queue}: {cause}")]
-    Lost {
-        /// The queue.
-        queue: String,
-        /// The broker's or the socket's words.
-        cause: String,
-    },
-}
-
-fn minutes(held: Duration) -> String {
-    format!("{} minutes", held.as_secs() / 60)
-}
 
 /// One letter, as the queue handed it out.
 pub struct Handed {
@@ -293,7 +215,7 @@ impl Desk {
             let queue = self.queue.clone();
             return Err(DeskError::Held { queue, held });
         }
-        let deliveries = self.take_chunk(self.chunk, Some(stop))?;
+        let deliveries = self.take_chunk(self.chunk)?;
         let mut largest = 1;
         let mut letters = Vec::with_capacity(deliveries.len());
         for delivery in deliveries {
@@ -373,7 +295,7 @@ impl Desk {
             return Ok(());
         }
         while !self.through && self.taken < self.depth {
-            match self.take_chunk(self.chunk, None) {
+            match self.take_chunk(self.chunk) {
                 Ok(_) => {}
                 // Then the rest stays where it is.
                 Err(DeskError::Stalled { .. }) => return Ok(()),
@@ -451,14 +373,10 @@ impl Desk {
     }
 
     /// At most `most` letters, fewer at the end.
-    fn take_chunk(
-        &mut self,
-        most: u16,
-        stop: Option<&Stop>,
-    ) -> Result<Vec<amiquip::Delivery>, DeskError> {
+    fn take_chunk(&mut self, most: u16) -> Result<Vec<amiquip::Delivery>, DeskError> {
         let left = self.depth.saturating_sub(self.taken);
         let want = u16::try_from(left).unwrap_or(u16::MAX).min(most);
-        let deliveries = self.consume(want, stop)?;
+        let deliveries = self.consume(want)?;
         self.since = self.since.or(Some(Instant::now()));
         self.taken += deliveries.len() as u64;
         self.through = deliveries.len() < usize::from(want);
@@ -475,7 +393,7 @@ impl Desk {
     }
 
     /// One subscription that can take no more than `want`.
-    fn consume(&self, want: u16, stop: Option<&Stop>) -> Result<Vec<amiquip::Delivery>, DeskError> {
+    fn consume(&self, want: u16) -> Result<Vec<amiquip::Delivery>, DeskError> {
         let (link, channel) = self.parts()?;
         let watch = link.watch(CALL_WITHIN);
         let subscribed = channel
@@ -484,7 +402,7 @@ impl Desk {
         drop(watch);
         let consumer = subscribed.map_err(|error| self.lost(error))?;
         let mut taken = Vec::with_capacity(usize::from(want));
-        let received = self.receive(&consumer, usize::from(want), &mut taken, stop);
+        let received = self.receive(&consumer, usize::from(want), &mut taken);
         // Cancelled and drained before it is dropped: a drop under way can end
         // the connection.
         let watch = link.watch(CALL_WITHIN);
@@ -500,7 +418,6 @@ impl Desk {
         consumer: &Consumer<'_>,
         want: usize,
         taken: &mut Vec<amiquip::Delivery>,
-        stop: Option<&Stop>,
     ) -> Result<(), DeskError> {
         let mut idle_since = Instant::now();
         while taken.len() < want {
@@ -512,9 +429,6 @@ impl Desk {
                     idle_since = Instant::now();
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    if stop.is_some_and(Stop::is_set) {
-                        return Err(DeskError::Stopped);
-                    }
                     let (ready, _) = self.count()?;
                     if ready == 0 && consumer.receiver().is_empty() {
                         return Ok(());
@@ -621,12 +535,7 @@ impl Desk {
         let Some((link, _)) = &mut self.open else {
             return Err(self.lost("the desk is closed"));
         };
-        let old = link
-            .server_version()
-            .split('.')
-            .next()
-            .and_then(|major| major.parse::<u32>().ok())
-            .is_some_and(|major| major < 4);
+        let old = link.server_major().is_some_and(|major| major < 4);
         if old || topology::is_unlimited(link, &queue, CALL_WITHIN) {
             self.unlimited = true;
             return Ok(());

@@ -15,7 +15,7 @@ use std::time::Duration;
 use amiquip::Channel;
 
 use super::connection::Link;
-use crate::config::checked::{Broker, Consumer, DeadLetters, TopologyMode};
+use crate::config::checked::{Broker, Consumer, DeadLetters, QueueType, TopologyMode};
 pub use error::TopologyError;
 use parts::Part;
 pub use probe::HEADER as PROBE_HEADER;
@@ -49,9 +49,12 @@ pub fn prepare(
     within: Duration,
 ) -> Result<(), TopologyError> {
     match consumer.topology.mode {
-        TopologyMode::Declare => declare_all(link, parts::all(consumer), within),
+        TopologyMode::Declare => {
+            let parts = all(link, consumer, within)?;
+            declare_all(link, parts, within)
+        }
         TopologyMode::Verify => {
-            for part in parts::all(consumer) {
+            for part in all(link, consumer, within)? {
                 find(link, &part, within)?;
                 compare(link, &part, within)?;
             }
@@ -91,7 +94,10 @@ pub fn declare_again(
     within: Duration,
 ) -> Result<(), TopologyError> {
     match consumer.topology.mode {
-        TopologyMode::Declare => declare_all(link, parts::all(consumer), within),
+        TopologyMode::Declare => {
+            let parts = all(link, consumer, within)?;
+            declare_all(link, parts, within)
+        }
         TopologyMode::Verify | TopologyMode::None => Ok(()),
     }
 }
@@ -122,7 +128,7 @@ pub fn inspect(
     let mut found = Inspection::default();
     match topology.mode {
         TopologyMode::Declare => {
-            for part in parts::all(consumer) {
+            for part in all(link, consumer, within)? {
                 match find(link, &part, within) {
                     Ok(()) => compare(link, &part, within)?,
                     Err(TopologyError::Missing { .. }) => found.missing.push(part.label()),
@@ -132,7 +138,7 @@ pub fn inspect(
             return Ok(found);
         }
         TopologyMode::Verify => {
-            for part in parts::all(consumer) {
+            for part in all(link, consumer, within)? {
                 find(link, &part, within)?;
                 compare(link, &part, within)?;
             }
@@ -153,6 +159,36 @@ pub fn inspect(
         topology.dead_letter_exchange
     ));
     Ok(found)
+}
+
+/// Everything, and the dead-letter queue as it can be here: a quorum queue since
+/// RabbitMQ 4.0 drops what came back 20 times unless it is made without that
+/// limit, and every look at dead letters has them come back. One that was made
+/// before stays as it is.
+fn all<'a>(
+    link: &mut Link,
+    consumer: &'a Consumer,
+    within: Duration,
+) -> Result<Vec<Part<'a>>, TopologyError> {
+    let mut parts = parts::all(consumer);
+    let topology = &consumer.topology;
+    let has_limit = link.server_major().is_some_and(|major| major >= 4);
+    if !has_limit || topology.queue_type != QueueType::Quorum {
+        return Ok(parts);
+    }
+    let queue = topology.dead_letter_queue.as_str();
+    let unlimited = match find(link, &parts::unlimited(queue), within) {
+        Ok(()) => is_unlimited(link, queue, within),
+        Err(TopologyError::Missing { .. }) => true,
+        Err(error) => return Err(error),
+    };
+    if unlimited {
+        let place = parts.iter_mut().find(|part| part.is_queue(queue));
+        place
+            .into_iter()
+            .for_each(|part| *part = parts::unlimited(queue));
+    }
+    Ok(parts)
 }
 
 /// Whether the quorum queue `queue`, which must exist, is known to keep what

@@ -11,14 +11,17 @@ use super::Exit;
 use crate::stop::{self, Stop};
 use crate::why::printable;
 
-/// How often progress is said in a plain line.
+/// How often progress is said in a plain line, at the least.
 const PLAIN_EVERY: Duration = Duration::from_secs(5);
+
+/// Of so many things, every tenth part done is worth a line too.
+const WORTH_LINES: u64 = 10_000;
 
 /// Widest column of a table, in characters.
 const COLUMN_MAX: usize = 60;
 
 /// How far something has come: a bar on a terminal, else a line every five
-/// seconds.
+/// seconds, and of 10,000 things or more at every tenth part.
 pub struct Progress {
     what: &'static str,
     bar: Option<ProgressBar>,
@@ -53,14 +56,17 @@ impl Progress {
 
     /// So many more are done.
     pub fn add(&mut self, count: u64) {
+        let tenth = (self.total / 10).max(1);
+        let before = self.done / tenth;
         self.done += count;
-        match &self.bar {
-            Some(bar) => bar.set_position(self.done),
-            None if self.said.elapsed() >= PLAIN_EVERY => {
-                eprintln!("ackonce: {} of {} {}", self.done, self.total, self.what);
-                self.said = Instant::now();
-            }
-            None => {}
+        if let Some(bar) = &self.bar {
+            bar.set_position(self.done);
+            return;
+        }
+        let worth = self.total >= WORTH_LINES && self.done / tenth > before;
+        if worth || self.said.elapsed() >= PLAIN_EVERY {
+            eprintln!("ackonce: {} of {} {}", self.done, self.total, self.what);
+            self.said = Instant::now();
         }
     }
 

@@ -5,7 +5,7 @@
 //! take the rest for all there is. An advisory lock in PostgreSQL holds that,
 //! and ends with the session that took it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -16,6 +16,10 @@ use crate::identity;
 use crate::ledger::desk::{self as book, Action, ActionId, Key};
 use crate::postgres::{Error, Session};
 use crate::stop::Stop;
+
+/// How long a desk that is taken is asked for, and how often.
+const SEAT_WITHIN: Duration = Duration::from_secs(2);
+const SEAT_EVERY: Duration = Duration::from_millis(50);
 
 /// Why the desk cannot go on. What it held goes back to the queue.
 #[derive(Debug, Error)]
@@ -65,9 +69,14 @@ impl<'a> Desk<'a> {
         despite_limit: bool,
     ) -> Result<Self, Trouble> {
         let name = &consumer.name;
-        if let Some(holder) = book::sit_down(&mut session, name)? {
-            let consumer = name.clone();
-            return Err(Trouble::Busy { consumer, holder });
+        let began = Instant::now();
+        while let Some(holder) = book::sit_down(&mut session, name)? {
+            // The server may not yet have seen that the last one left.
+            if began.elapsed() > SEAT_WITHIN {
+                let consumer = name.clone();
+                return Err(Trouble::Busy { consumer, holder });
+            }
+            std::thread::sleep(SEAT_EVERY);
         }
         let queue = &consumer.topology.dead_letter_queue;
         let purpose = format!("{name} {purpose}");

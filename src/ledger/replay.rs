@@ -69,28 +69,69 @@ pub fn registration(session: &mut Session, consumer: &str) -> Result<Registratio
     super::register(session, consumer)
 }
 
+/// What came of forgetting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forgotten {
+    /// Its ledger row is gone; or there was none.
+    Yes,
+    /// A keyed handler is at it. Nothing was done.
+    AtWork,
+    /// It was forgotten before, since the letter died, and was applied since:
+    /// the letter was only not taken out then. Nothing was done.
+    AppliedSince,
+}
+
 /// Forgets the ledger row of `letter`'s id, and writes down that `action` does;
-/// both or neither. Whether there was a row.
+/// both or neither. `died_at` is when the letter died, in microseconds since
+/// 1970: a letter is forced once, however often the command has to be run.
 ///
 /// # Errors
 ///
 /// When it is not forgotten, or not known to be: then nothing may be published.
-pub fn forget(session: &mut Session, action: ActionId, letter: Key<'_>) -> Result<bool, Error> {
+pub fn forget(
+    session: &mut Session,
+    action: ActionId,
+    letter: Key<'_>,
+    died_at: Option<i64>,
+) -> Result<Forgotten, Error> {
     session.execute("BEGIN ISOLATION LEVEL READ COMMITTED")?;
-    let forgotten = session.run(async |connection| {
+    let result = session.run(async |connection| {
+        let (at_work, applied_since): (bool, bool) = sqlx::query_as(
+            "SELECT EXISTS (SELECT FROM ackonce.claim WHERE consumer_id = $1 \
+             AND message_id = $2 AND lease_until > now()), \
+             EXISTS (SELECT FROM ackonce.desk_letter AS forced \
+             JOIN ackonce.desk_action AS action ON action.id = forced.action_id \
+             JOIN ackonce.ledger ON ledger.consumer_id = forced.consumer_id \
+             AND ledger.message_id = forced.message_id \
+             WHERE action.action = 'force-reprocess' AND forced.consumer_id = $1 \
+             AND forced.message_id = $2 AND forced.fingerprint = $3 \
+             AND ledger.fingerprint = $3 AND ledger.applied_at > forced.acted_at \
+             AND ($4 IS NULL OR forced.acted_at > to_timestamp($4 / 1000000.0)))",
+        )
+        .bind(action.consumer_id())
+        .bind(letter.0)
+        .bind(&letter.1.0[..])
+        .bind(died_at)
+        .fetch_one(&mut *connection)
+        .await?;
+        if at_work {
+            return Ok(Forgotten::AtWork);
+        }
+        if applied_since {
+            return Ok(Forgotten::AppliedSince);
+        }
         desk::note_in(&mut *connection, action, &[letter]).await?;
-        let gone =
-            sqlx::query("DELETE FROM ackonce.ledger WHERE consumer_id = $1 AND message_id = $2")
-                .bind(action.consumer_id())
-                .bind(letter.0)
-                .execute(connection)
-                .await?;
-        Ok(gone.rows_affected() > 0)
+        sqlx::query("DELETE FROM ackonce.ledger WHERE consumer_id = $1 AND message_id = $2")
+            .bind(action.consumer_id())
+            .bind(letter.0)
+            .execute(connection)
+            .await?;
+        Ok(Forgotten::Yes)
     });
-    match forgotten {
+    match result {
         Ok(forgotten) => session.execute("COMMIT").map(|()| forgotten),
         Err(error) => {
-            // A session that cannot roll back is of no use, and ends with that.
+            // A session that cannot roll back is lost, and rolls back with that.
             session.execute("ROLLBACK").ok();
             Err(error)
         }

@@ -51,6 +51,11 @@ impl Part<'_> {
         }
     }
 
+    /// Whether it is the queue of this name.
+    pub(super) fn is_queue(&self, queue: &str) -> bool {
+        matches!(self, Self::Queue { name, .. } if name == queue)
+    }
+
     /// Makes it. Where it exists as it should be, nothing changes.
     pub(super) fn declare(&self, channel: &Channel) -> amiquip::Result<()> {
         match self {

@@ -113,11 +113,7 @@ fn drop_letters(arguments: &Arguments, filter: &Filter, stop: &Stop) -> Result<E
         )?;
         only = Some(survey.letters);
     }
-    let mut dropped = 0;
-    let place = (&config, &consumer, arguments);
-    let result = carry_out(place, (filter, only), stop, &mut dropped);
-    output(&format!("dropped {dropped} letters\n"));
-    result
+    carry_out((&config, &consumer, arguments), (filter, only), stop)
 }
 
 /// What would be dropped.
@@ -153,12 +149,11 @@ fn carry_out(
     (config, consumer, arguments): Place<'_>,
     (filter, mut only): Wanted<'_>,
     stop: &Stop,
-    dropped: &mut u64,
 ) -> Result<Exit, Exit> {
     let mut desk = arguments.desk.open(config, consumer, "dead drop")?;
     let mut out = arguments.export.as_deref().map(Out::create).transpose()?;
     let action = begin(&mut desk, consumer, arguments)?;
-    let mut seen = Seen::default();
+    let (mut seen, mut dropped) = (Seen::default(), 0);
     let mut progress = Progress::new("letters read", desk.depth());
     let walked = walk(&mut desk, stop, &mut progress, |desk, letters| {
         let mut chosen = Vec::new();
@@ -167,11 +162,12 @@ fn carry_out(
                 chosen.push((letter, ticket));
             }
         }
-        *dropped += drop_chunk(desk, action, consumer, out.as_mut(), chosen)?;
+        dropped += drop_chunk(desk, action, consumer, out.as_mut(), chosen)?;
         Ok(())
     });
     progress.finish();
     seen.warn();
+    output(&format!("dropped {dropped} letters\n"));
     let ended = desk.end(action).map_err(trouble);
     let given_back = desk.give_back().map_err(trouble);
     // One that has lines in it may be all there is of a letter.
