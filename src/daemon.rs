@@ -16,7 +16,7 @@ use crossbeam_channel::{bounded, select};
 
 use crate::backoff::Backoff;
 use crate::config::checked;
-use crate::handler;
+use crate::handler::{self, rust::Makers};
 use crate::ledger::{self, Schema};
 use crate::postgres::{self, Session};
 use crate::prune;
@@ -38,15 +38,16 @@ pub enum Fatal {
     System(#[from] anyhow::Error),
 }
 
-/// Runs every consumer until `stop`, or until one cannot go on.
+/// Runs every consumer until `stop`, or until one cannot go on; `makers` are the
+/// program's own handlers.
 ///
 /// # Errors
 ///
 /// [`Fatal`], after the other consumers have been stopped too.
-pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
+pub fn run(config: &checked::Config, makers: &Makers, stop: &Stop) -> Result<(), Fatal> {
     let host = host();
     for consumer in &config.consumers {
-        let handler = handler::build(consumer).map_err(|e| Fatal::Config(e.to_string()))?;
+        let handler = handler::build(consumer, makers).map_err(|e| Fatal::Config(e.to_string()))?;
         log::info!(
             consumer = consumer.name.as_str(), handler = handler.kind(), effect:% = handler.effect();
             "handles messages"
@@ -64,6 +65,7 @@ pub fn run(config: &checked::Config, stop: &Stop) -> Result<(), Fatal> {
         let runner = Runner {
             config: config.clone(),
             consumer: Arc::new(consumer.clone()),
+            makers: makers.clone(),
             host: host.clone(),
             stop: all_stopping.clone(),
         };

@@ -85,7 +85,7 @@ fn receivers(config: &checked::Config, findings: &mut Findings) {
         findings.add(&subject, Severity::Good, text);
         let subject = format!("handler of {}", consumer.name);
         match &consumer.handler {
-            checked::Handler::Sql(_) => {}
+            checked::Handler::Sql(_) | checked::Handler::Rust(_) => {}
             checked::Handler::Http(http) => match HttpHandler::probe(http) {
                 Ok(place) => {
                     findings.add(&subject, Severity::Good, format!("{place} can be reached"));
@@ -150,7 +150,8 @@ fn postgres(config: &checked::Config, findings: &mut Findings) {
             Err(error) => findings.add(&subject, Severity::Wrong, error.to_string()),
             Ok(handler) => match handler.prepare(&mut session) {
                 Ok(()) => findings.add(&subject, Severity::Good, "every statement is understood"),
-                Err((script, error)) => {
+                Err(refused) => {
+                    let (script, error) = *refused;
                     findings.add(&subject, severity_of(&error), script.to_string());
                 }
             },

@@ -32,6 +32,7 @@ use crate::failure::{Class, Failure};
 use crate::flights::Flights;
 use crate::gate::Gate;
 use crate::handler::Transactional;
+use crate::handler::rust::Makers;
 use crate::ledger::Ledger;
 use crate::lifecycle::{Body, Event};
 use crate::message::{Delivery, MessageId, Settled};
@@ -73,6 +74,8 @@ pub struct Shared {
     pub stop: Stop,
     /// The consumer's configuration.
     pub consumer: Arc<checked::Consumer>,
+    /// The handlers that the program brings along.
+    pub makers: Makers,
     /// Waits between tries when a server is away.
     pub backoff: Backoff,
     /// How long a stop waits for what is in work.

@@ -15,6 +15,7 @@ use crate::claim::{Claims, Renewer};
 use crate::config::checked;
 use crate::flights::Flights;
 use crate::gate::Gate;
+use crate::handler::rust::Makers;
 use crate::handler::{self, Handler};
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
@@ -48,6 +49,7 @@ impl Pool {
     pub fn start(
         config: &checked::Config,
         consumer: &Arc<checked::Consumer>,
+        makers: &Makers,
         host: &str,
     ) -> anyhow::Result<Self> {
         let (stopper, stop) = stop::pair();
@@ -67,6 +69,7 @@ impl Pool {
             busy: Arc::default(),
             stop,
             consumer: Arc::clone(consumer),
+            makers: makers.clone(),
             backoff: Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max),
             shutdown_timeout: config.daemon.shutdown_timeout,
         };
@@ -78,7 +81,7 @@ impl Pool {
             |number| Ledger::new(config.postgres.clone(), &consumer.name, host, number, owner);
         let mut keyed = Vec::new();
         for number in 1..=consumer.workers {
-            let handler = match handler::build(consumer)? {
+            let handler = match handler::build(consumer, makers)? {
                 Handler::Transactional(handler) => handler,
                 Handler::Keyed(handler) => {
                     keyed.push(handler);

@@ -60,6 +60,8 @@ pub struct Session {
     reply_timeout: Duration,
     /// For a reply to what takes the server no time.
     prompt_timeout: Duration,
+    /// Nothing more may be run on it.
+    abandoned: bool,
 }
 
 impl Session {
@@ -93,6 +95,7 @@ impl Session {
                     runtime,
                     reply_timeout: config.statement_timeout + REPLY_GRACE,
                     prompt_timeout: config.connect_timeout,
+                    abandoned: false,
                 });
             }
             Ok(Err(error)) => match from_sqlx(&error) {
@@ -128,6 +131,9 @@ impl Session {
         within: Duration,
         call: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, Error> {
+        if self.abandoned {
+            return Err(Error::Lost("it was given up".to_owned()));
+        }
         let connection = &mut self.connection;
         self.runtime.block_on(async move {
             match tokio::time::timeout(within, call(connection)).await {
@@ -135,6 +141,12 @@ impl Session {
                 Err(_) => Err(Error::Lost(format!("no reply within {within:?}"))),
             }
         })
+    }
+
+    /// Gives the session up: from now on every call fails with
+    /// [`Error::Lost`], so that whoever holds it drops it.
+    pub fn abandon(&mut self) {
+        self.abandoned = true;
     }
 
     /// Runs statements that take no parameters.

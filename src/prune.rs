@@ -105,6 +105,7 @@ fn daily_and_round(
     match result {
         Ok(Round::Through(counts) | Round::Stopped(counts)) if counts.total() > 0 => log::info!(
             ledger = counts.ledger, journal = counts.journal, suspects = counts.suspects,
+            claims = counts.claims,
             duration_ms = started.elapsed().as_millis() as u64;
             "pruned rows older than the retention"
         ),
@@ -235,6 +236,7 @@ fn of(table: Table, counts: &Counts) -> u64 {
         Table::Ledger => counts.ledger,
         Table::Journal => counts.journal,
         Table::Suspects => counts.suspects,
+        Table::Claims => counts.claims,
     }
 }
 

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use crate::config::format_duration;
-use crate::ledger::story::{ATTEMPTS_MAX, Applied, Attempt, Deed, Mark, Moment, Story};
+use crate::ledger::story::{ATTEMPTS_MAX, Applied, Attempt, Claim, Deed, Mark, Moment, Story};
 
 /// Longest error in a line of the timeline, in characters.
 const ERROR_MAX: usize = 160;
@@ -49,6 +49,14 @@ enum End<'a> {
     InWork { since: &'a str, deaths: i32 },
     /// Taken out of the dead-letter queue for good.
     Dropped { at: &'a str, operator: &'a str },
+    /// A daemon's keyed handler is at it, or was when the daemon ended.
+    Claimed {
+        since: &'a str,
+        until: &'a str,
+        /// The lease has run out: the next to get the message takes it over.
+        over: bool,
+        host: &'a str,
+    },
 }
 
 #[derive(Debug, Serialize)]
@@ -70,6 +78,12 @@ enum Event<'a> {
         action: &'a str,
         operator: &'a str,
         because: Option<&'a str>,
+        fingerprint: &'a str,
+    },
+    /// A daemon took it for its keyed handler.
+    Claimed {
+        at: &'a str,
+        host: &'a str,
         fingerprint: &'a str,
     },
 }
@@ -102,9 +116,14 @@ impl<'a> Answer<'a> {
         let applied = story.applied.iter().map(|row| row.consumer.as_str());
         let failed = story.attempts.iter().map(|row| row.consumer.as_str());
         let marked = story.marks.iter().map(|row| row.consumer.as_str());
+        let claimed = story.claims.iter().map(|row| row.consumer.as_str());
         let handled = story.deeds.iter().map(|row| row.consumer.as_str());
-        let known = applied.chain(failed).chain(marked).chain(handled);
-        let mut names: Vec<&str> = known.collect();
+        let names = applied
+            .chain(failed)
+            .chain(marked)
+            .chain(claimed)
+            .chain(handled);
+        let mut names: Vec<&str> = names.collect();
         names.sort_unstable();
         names.dedup();
         let consumers: Vec<Chapter<'_>> = names
@@ -168,6 +187,7 @@ fn line(out: &mut String, text: &str) {
 fn chapter<'a>(consumer: &'a str, story: &'a Story) -> Option<Chapter<'a>> {
     let applied = story.applied.iter().find(|row| row.consumer == consumer);
     let mark = story.marks.iter().find(|row| row.consumer == consumer);
+    let claim = story.claims.iter().find(|row| row.consumer == consumer);
     let attempts: Vec<&Attempt> = story
         .attempts
         .iter()
@@ -188,13 +208,21 @@ fn chapter<'a>(consumer: &'a str, story: &'a Story) -> Option<Chapter<'a>> {
         let (at, deaths) = (row.at.text.as_str(), row.deaths);
         (&row.at, Event::Marked { at, deaths })
     }));
+    events.extend(claim.map(|row| {
+        let event = Event::Claimed {
+            at: &row.at.text,
+            host: &row.holder,
+            fingerprint: &row.fingerprint,
+        };
+        (&row.at, event)
+    }));
     let deeds = story.deeds.iter().filter(|row| row.consumer == consumer);
     events.extend(deeds.clone().map(|row| (&row.at, deed(row))));
     // The sort is stable: journal rows of one moment stay as written.
     events.sort_by_key(|(at, _)| at.microseconds);
     Some(Chapter {
         consumer,
-        end: end(applied, &attempts, mark, deeds.last())?,
+        end: end(applied, &attempts, mark, claim, deeds.last())?,
         events: events.into_iter().map(|(_, event)| event).collect(),
     })
 }
@@ -243,6 +271,7 @@ fn end<'a>(
     applied: Option<&'a Applied>,
     attempts: &[&'a Attempt],
     mark: Option<&'a Mark>,
+    claim: Option<&'a Claim>,
     deed: Option<&'a Deed>,
 ) -> Option<End<'a>> {
     let last = attempts.last();
@@ -252,6 +281,14 @@ fn end<'a>(
         return Some(End::Applied {
             at: &row.at.text,
             conflict: attempts.iter().any(other),
+        });
+    }
+    if let Some(row) = claim {
+        return Some(End::Claimed {
+            since: &row.at.text,
+            until: &row.until.text,
+            over: row.over,
+            host: &row.holder,
         });
     }
     if let Some(deed) = deed.filter(|deed| is_last(deed, last.copied(), mark)) {
@@ -336,6 +373,25 @@ impl End<'_> {
                 "in work since {since}, or lost with its worker; it died with it {deaths} time(s) \
                  before"
             ),
+            Self::Claimed {
+                since,
+                until,
+                over: false,
+                host,
+            } => format!(
+                "in work by {} since {since}, until {until} if it does not renew its claim",
+                printable(host)
+            ),
+            Self::Claimed {
+                until,
+                over: true,
+                host,
+                ..
+            } => format!(
+                "was in work by {}, whose claim ended at {until}: whoever gets the message next \
+                 takes it over",
+                printable(host)
+            ),
         }
     }
 }
@@ -364,6 +420,9 @@ impl Event<'_> {
                 "{at}  came back unsettled and was marked; it died with its worker {deaths} \
                  time(s) before"
             ),
+            Self::Claimed { at, host, .. } => {
+                format!("{at}  claimed by {}", printable(host))
+            }
         }
     }
 }

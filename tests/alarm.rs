@@ -52,44 +52,45 @@ struct Alarm {
     end: &'static str,
 }
 
-const MEMORY: &str = "{resource_limit, memory, node()}";
-
 impl Alarm {
-    fn raise() -> Self {
+    /// `raise` and `end` are Erlang expressions.
+    fn raise_with(raise: &str, end: &'static str) -> Self {
         evaluate(&format!(
-            "rabbit_alarm:set_alarm({{{MEMORY}, []}}), \
-             timer:apply_after(60000, rabbit_alarm, clear_alarm, [{MEMORY}])."
+            "{raise}, {{ok, Timer}} = timer:apply_after(60000, erlang, apply, \
+             [fun() -> {end} end, []]), persistent_term:put(ackonce_alarm, Timer)."
         ));
-        Self {
-            end: "rabbit_alarm:clear_alarm({resource_limit, memory, node()}).",
-        }
+        Self { end }
+    }
+
+    fn raise() -> Self {
+        Self::raise_with(
+            "rabbit_alarm:set_alarm({{resource_limit, memory, node()}, []})",
+            "rabbit_alarm:clear_alarm({resource_limit, memory, node()})",
+        )
     }
 
     /// As the broker raises it itself, when less than a petabyte is free. Where
     /// it cannot find out how much is free, in a chroot without /proc, the
     /// alarm is raised for it.
     fn raise_for_disk() -> Self {
-        evaluate(
-            "case rabbit_disk_monitor:get_disk_free() of \
-             Free when is_number(Free) -> \
-             rabbit_disk_monitor:set_disk_free_limit(1000000000000000), \
-             timer:apply_after(60000, rabbit_disk_monitor, set_disk_free_limit, [50000000]); \
-             _ -> rabbit_alarm:set_alarm({{resource_limit, disk, node()}, []}), \
-             timer:apply_after(60000, rabbit_alarm, clear_alarm, \
-             [{resource_limit, disk, node()}]) end.",
+        let alarm = Self::raise_with(
+            "case rabbit_disk_monitor:get_disk_free() of Free when is_number(Free) -> \
+             rabbit_disk_monitor:set_disk_free_limit(1000000000000000); \
+             _ -> rabbit_alarm:set_alarm({{resource_limit, disk, node()}, []}) end",
+            "rabbit_disk_monitor:set_disk_free_limit(50000000), \
+             rabbit_alarm:clear_alarm({resource_limit, disk, node()})",
         );
         let alarms = "[N || {{resource_limit, disk, N}, _} <- rabbit_alarm:get_alarms()].";
         eventually("the disk alarm is raised", || evaluate(alarms) != "[]");
-        Self {
-            end: "rabbit_disk_monitor:set_disk_free_limit(50000000), \
-                  rabbit_alarm:clear_alarm({resource_limit, disk, node()}).",
-        }
+        alarm
     }
 }
 
 impl Drop for Alarm {
     fn drop(&mut self) {
-        evaluate(self.end);
+        // Its timer would end the alarm of a later test.
+        let cancel = "timer:cancel(persistent_term:get(ackonce_alarm))";
+        evaluate(&format!("{}, {cancel}.", self.end));
     }
 }
 

@@ -203,7 +203,11 @@ fn a_missing_dead_letter_exchange_multiplies_no_retry() {
         .max_attempts(2)
         .backoff(&["1h"])
         .sql("insert into effect (message_id) select judge(message_id) from message");
-    let config = world.config().consumer(consumer);
+    world.prepare(&world.config().consumer(consumer.clone()));
+    // It would make the exchange again otherwise.
+    let config = world
+        .config()
+        .consumer(consumer.set("topology.mode", "verify"));
     let daemon = world.run(&config);
     let channel = world.broker.channel();
     channel.exchange_delete(DLX, false).unwrap();

@@ -46,6 +46,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
     ],
     &[("daemon", &[])],
     &[("cli", &[])],
+    &[("worker", &[])],
 ];
 
 struct Source {
@@ -135,12 +136,14 @@ fn each_outside_world_is_known_in_one_place() {
         // The log names modules of other crates, as text.
         (
             "sqlx::",
-            &["postgres", "ledger", "handler", "inspect", "observe"],
+            &[
+                "postgres", "ledger", "handler", "inspect", "observe", "worker",
+            ],
         ),
         ("std::fs", &["config", "broker", "cli", "failpoint"]),
         ("std::env", &["config", "failpoint"]),
         ("process::exit", &[]),
-        ("ExitCode", &["cli", "main"]),
+        ("ExitCode", &["cli", "main", "worker"]),
     ];
     let mut wrong = Vec::new();
     for source in sources() {

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 mod common;
+#[path = "keyed/crash.rs"]
+mod crash;
 #[path = "keyed/stage.rs"]
 mod stage;
 
@@ -426,4 +428,63 @@ fn handlers_of_both_kinds_run_in_one_daemon() {
     let text = String::from_utf8(checked.stdout).unwrap();
     assert!(text.contains("effect of orders: keyed"), "{text}");
     assert!(text.contains("effect of bills: transactional"), "{text}");
+}
+
+#[test]
+fn why_tells_who_is_at_a_message_and_until_when() {
+    let stage = Stage::new();
+    let config = stage.config();
+    let daemon = stage.world.run(&config);
+    stage.hold("m");
+    stage.send(&["m"]);
+    stage.wait_until_begun("m", 1);
+    let path = stage.world.write("why.toml", &config.text());
+    let why = |more: &[&str]| {
+        let mut arguments = vec!["why", "m", "--config", path.to_str().unwrap()];
+        arguments.extend(more);
+        let answer = run_ackonce(&arguments);
+        assert_eq!(answer.status.code(), Some(0));
+        String::from_utf8(answer.stdout).unwrap()
+    };
+    let holder = format!("/{}", daemon.pid());
+    let text = why(&[]);
+    assert!(
+        text.contains("  = in work by ") && text.contains(&holder),
+        "{text}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&why(&["--json"])).unwrap();
+    assert_eq!(json["consumers"][0]["state"], "claimed", "{json}");
+    assert_eq!(json["consumers"][0]["over"], false, "{json}");
+    daemon.kill();
+    eventually("its lease ends", || {
+        why(&[]).contains("whoever gets the message next takes it over")
+    });
+    stage.let_go("m");
+    stage.world.drain(&config, ORDERS);
+    stage.wait_until_done(&["m"]);
+    assert!(why(&[]).contains("  = applied at "));
+}
+
+#[test]
+fn claims_that_nobody_came_back_to_are_pruned_with_the_rest() {
+    let stage = Stage::new();
+    let config = stage.config();
+    stage.world.prepare(&config);
+    stage.send(&["m"]);
+    stage.world.drain(&config, ORDERS);
+    stage.world.db.execute(
+        "insert into ackonce.claim \
+         select now() - make_interval(days => age), now(), 1, 1, 'old ' || age, '', 'gone' \
+         from unnest(array[28, 29, 31, 32]) as age",
+    );
+    let path = stage.world.write("prune.toml", &config.text());
+    let pruned = run_ackonce(&["ledger", "prune", "--config", path.to_str().unwrap()]);
+    let text = String::from_utf8(pruned.stdout).unwrap();
+    assert!(text.contains("claims          2\n"), "{text}");
+    let left = "select message_id from ackonce.claim order by 1";
+    assert_eq!(
+        stage.world.db.texts(left),
+        ["old 28", "old 29"],
+        "those older than 30 days are gone"
+    );
 }

@@ -16,7 +16,9 @@ use ackonce::failure::Class;
 use ackonce::lifecycle::{self, Action, Body, Event, State};
 use ackonce::message::{DeadReason, Settlement};
 use stateright::{Checker, HasDiscoveries, Model, Property};
-use world::{BODIES, Faults, Job, Move, Place, Protocol, Published, REAL, Redis, Scenario, World};
+use world::{
+    BODIES, Faults, Job, KEYED, Move, Place, Protocol, Published, REAL, Redis, Scenario, World,
+};
 
 impl Model for Scenario {
     type State = World;
@@ -55,21 +57,36 @@ const KEPT: &str = "no unacked delivery is forgotten";
 const LEGAL: &str = "no event is illegal";
 const STRAY: &str = "every settlement finds its delivery";
 const DOUBT: &str = "an unanswered commit is looked up before its message is rejected";
+const ALONE: &str = "two handlers run for one key only if a lease ran out under one of them";
+const OWNED: &str = "who has called, or calls, under a lease that goes on has the claim";
+const NOT_BOTH: &str = "no claim stands beside a ledger row of its key";
 const REST: &str = "every message comes to rest";
 
 fn invariants() -> Vec<Property<Scenario>> {
     vec![
-        Property::always(ONCE, |_, world: &World| {
+        Property::always(ONCE, |scenario: &Scenario, world: &World| {
+            // A keyed handler's effect comes twice when the first one could not
+            // be completed.
+            let Faults {
+                crashes,
+                stops,
+                lapses,
+                ..
+            } = scenario.faults;
+            if scenario.protocol.keyed && crashes + stops + lapses > 0 {
+                return true;
+            }
             world
                 .effects
                 .iter()
                 .all(|bodies| bodies.iter().sum::<u8>() <= 1)
         }),
-        Property::always(TOGETHER, |_, world: &World| {
-            let agree = |row: &Option<u8>, bodies: &[u8; BODIES]| {
-                (0..)
+        Property::always(TOGETHER, |scenario: &Scenario, world: &World| {
+            let agree = |row: &Option<u8>, bodies: &[u8; BODIES]| match scenario.protocol.keyed {
+                false => (0..)
                     .zip(bodies)
-                    .all(|(body, count)| (*count > 0) == (*row == Some(body)))
+                    .all(|(body, count)| (*count > 0) == (*row == Some(body))),
+                true => row.is_none_or(|body| bodies[usize::from(body)] > 0),
             };
             world
                 .ledger
@@ -128,6 +145,27 @@ fn invariants() -> Vec<Property<Scenario>> {
         Property::always(CLAIM, |_, world: &World| !world.slips.stolen_claim),
         Property::always(LEGAL, |_, world: &World| !world.slips.illegal_event),
         Property::always(STRAY, |_, world: &World| !world.slips.stray_settlement),
+        Property::always(ALONE, |scenario: &Scenario, world: &World| {
+            let kept = |job: &&Job| job.calling && !job.lapsed;
+            let keys = || {
+                world
+                    .jobs()
+                    .filter(kept)
+                    .map(|job| scenario.of(world, job).key)
+            };
+            keys().all(|key| keys().filter(|other| *other == key).count() == 1)
+        }),
+        Property::always(OWNED, |scenario: &Scenario, world: &World| {
+            let bound = |job: &&Job| matches!(job.state, State::Leased) && !job.lapsed;
+            world.jobs().filter(bound).all(|job| {
+                let claim = world.claims[scenario.of(world, job).key];
+                claim.is_some_and(|claim| claim.owner == Some(job.token))
+            })
+        }),
+        Property::always(NOT_BOTH, |_, world: &World| {
+            let mut keys = world.claims.iter().zip(&world.ledger);
+            keys.all(|(claim, row)| claim.is_none() || row.is_none())
+        }),
         // A state in which nothing can move any more and a message is not at
         // rest would be a counterexample.
         Property::eventually(REST, |_, world: &World| {
@@ -150,6 +188,8 @@ const PARKED: &str = "a delivery is parked";
 const JOINED: &str = "a delivery joins another";
 const IN_DOUBT: &str = "a commit is in doubt and its transaction still open";
 const OVERTAKEN: &str = "two workers are past the claim of one key";
+const TAKEN_OVER: &str = "a handler runs while its claim is another's";
+const LATE: &str = "a handler comes back when its claim is another's";
 const STALE: &str = "a settlement outlives its connection";
 
 /// What must be seen to happen, or the walk would prove nothing.
@@ -199,6 +239,14 @@ fn sightings() -> Vec<Property<Scenario>> {
                 .iter()
                 .all(|process| process.jobs.iter().any(past))
         }),
+        Property::sometimes(TAKEN_OVER, |scenario: &Scenario, world: &World| {
+            let mut jobs = world.jobs();
+            jobs.any(|job| job.calling && is_anothers(scenario, world, job))
+        }),
+        Property::sometimes(LATE, |scenario: &Scenario, world: &World| {
+            let mut jobs = world.jobs();
+            jobs.any(|job| job.state == State::Called && is_anothers(scenario, world, job))
+        }),
         Property::sometimes(STALE, |_, world: &World| {
             world.processes.iter().any(|process| {
                 let mut settlements = process.settlements.iter();
@@ -206,6 +254,13 @@ fn sightings() -> Vec<Property<Scenario>> {
             })
         }),
     ]
+}
+
+/// Whether the claim on the key of `job` is that of another delivery.
+fn is_anothers(scenario: &Scenario, world: &World, job: &Job) -> bool {
+    let claim = world.claims[scenario.of(world, job).key];
+    let owner = claim.and_then(|claim| claim.owner);
+    owner.is_some_and(|owner| owner != job.token)
 }
 
 const FIRST: Published = Published {
@@ -220,6 +275,7 @@ const NO_FAULTS: Faults = Faults {
     failures: 0,
     lost_replies: 0,
     stops: 0,
+    lapses: 0,
 };
 
 /// Two copies of one message.
@@ -325,6 +381,82 @@ const RETRYING_OVER: Scenario = Scenario {
     ..RETRYING
 };
 
+/// Two copies of one message with a keyed handler, while leases run out and
+/// daemons die.
+const KEYED_LAPSES: Scenario = Scenario {
+    protocol: KEYED,
+    faults: Faults {
+        crashes: 1,
+        lapses: 1,
+        ..NO_FAULTS
+    },
+    seen: &[ALL_ACKED, PARKED, JOINED, TAKEN_OVER, LATE],
+    ..DUPLICATES
+};
+
+/// The same, while commits go unanswered and nothing else fails.
+const KEYED_DOUBTS: Scenario = Scenario {
+    faults: Faults {
+        lost_replies: 2,
+        ..NO_FAULTS
+    },
+    seen: &[ALL_ACKED, PARKED, JOINED],
+    ..KEYED_LAPSES
+};
+
+/// The same, while handlers fail, late for one.
+const KEYED_FAILURES: Scenario = Scenario {
+    faults: Faults {
+        failures: 1,
+        lapses: 1,
+        ..NO_FAULTS
+    },
+    seen: &[
+        ALL_ACKED,
+        DEAD_REJECTED,
+        USED_UP,
+        PARKED,
+        JOINED,
+        TAKEN_OVER,
+        LATE,
+    ],
+    ..KEYED_LAPSES
+};
+
+/// The same, while daemons stop.
+const KEYED_STOPS: Scenario = Scenario {
+    faults: Faults {
+        lapses: 1,
+        stops: 1,
+        ..NO_FAULTS
+    },
+    ..KEYED_LAPSES
+};
+
+/// Two messages under one id with a keyed handler.
+const KEYED_CONFLICTS: Scenario = Scenario {
+    messages: &[FIRST, Published { body: 1, ..FIRST }],
+    faults: Faults {
+        lapses: 1,
+        lost_replies: 1,
+        ..NO_FAULTS
+    },
+    seen: &[DEAD_CONFLICT, PARKED, JOINED, TAKEN_OVER, LATE],
+    ..KEYED_LAPSES
+};
+
+/// One message with a keyed handler, retried, while daemons die.
+const KEYED_RETRIES: Scenario = Scenario {
+    messages: &[FIRST],
+    faults: Faults {
+        crashes: 1,
+        failures: 1,
+        ..NO_FAULTS
+    },
+    seen: &[ALL_ACKED, DEAD_REJECTED, USED_UP, QUARANTINED, RETRIED],
+    ..KEYED_LAPSES
+};
+
 /// Walks everything, which must be no less than `least` distinct states.
 #[track_caller]
 fn walk(scenario: Scenario, least: usize) {
@@ -397,6 +529,85 @@ fn a_message_that_is_retried_is_applied_once_and_never_lost() {
 #[test]
 fn a_message_that_is_retried_over_another_connection_is_never_lost() {
     walk(RETRYING_OVER, 10_000);
+}
+
+#[test]
+fn a_keyed_handler_runs_alone_under_its_lease_and_what_is_acked_is_done() {
+    walk(KEYED_LAPSES, 10_000);
+}
+
+#[test]
+fn a_keyed_handler_runs_once_though_commits_go_unanswered() {
+    walk(KEYED_DOUBTS, 5_000);
+}
+
+#[test]
+fn what_a_keyed_handler_says_late_does_not_count() {
+    walk(KEYED_FAILURES, 10_000);
+}
+
+#[test]
+fn a_stop_leaves_a_keyed_handlers_claim_to_who_has_it() {
+    walk(KEYED_STOPS, 10_000);
+}
+
+#[test]
+fn two_bodies_under_one_id_are_never_both_done_by_a_keyed_handler() {
+    walk(KEYED_CONFLICTS, 10_000);
+}
+
+#[test]
+fn a_message_with_a_keyed_handler_is_retried_and_never_lost() {
+    walk(KEYED_RETRIES, 1_000);
+}
+
+#[test]
+fn a_claim_taken_over_before_its_lease_ends_is_caught() {
+    let mutant = Protocol {
+        waits_for_lease: false,
+        ..KEYED
+    };
+    assert_caught(KEYED_LAPSES, mutant, ALONE);
+    assert_caught(KEYED_DOUBTS, mutant, ONCE);
+}
+
+#[test]
+fn a_claim_completed_by_who_does_not_own_it_is_caught() {
+    let mutant = Protocol {
+        complete_compares: false,
+        ..KEYED
+    };
+    assert_caught(KEYED_LAPSES, mutant, OWNED);
+}
+
+#[test]
+fn an_ack_before_the_claim_is_completed_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Leased, Event::Succeeded) => Ok((
+                State::Called,
+                &[Action::Settle(Settlement::Ack), Action::Complete],
+            )),
+            (State::Called, Event::Committed) => {
+                Ok((State::Settled(Settlement::Ack), &[Action::MarkDone]))
+            }
+            _ => lifecycle::step(state, event),
+        },
+        ..KEYED
+    };
+    assert_caught(KEYED_LAPSES, mutant, ACKED);
+}
+
+#[test]
+fn a_handler_called_before_its_claim_is_committed_is_caught() {
+    let mutant = Protocol {
+        step: |state, event| match (state, event) {
+            (State::Recording, Event::LeaseHeld) => lifecycle::step(state, Event::LeaseWon),
+            _ => lifecycle::step(state, event),
+        },
+        ..KEYED
+    };
+    assert_caught(KEYED_LAPSES, mutant, ALONE);
 }
 
 #[test]

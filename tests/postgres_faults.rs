@@ -302,6 +302,7 @@ fn a_message_whose_commit_is_refused_lets_its_neighbours_go_on() {
     let daemon = world.run(&config);
     world.wait_for_effects(20);
     daemon.wait_for_log(&["XX000"]);
+    assert!(!daemon.logged(&["not answered"]), "the server said no");
     assert!(world.broker.is_empty(ORDERS_DEAD));
     world.db.execute("drop trigger late on effect");
     world.wait_for_effects(21);

@@ -122,6 +122,7 @@ fn a_dead_letters_reason_outlives_its_attempts_until_it_is_applied() {
         ledger: 2,
         journal: 3,
         suspects: 0,
+        claims: 0,
     });
     assert_eq!(counted, expected);
     assert_eq!(round(&world, &hourly(100)), expected);

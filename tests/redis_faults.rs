@@ -1,6 +1,7 @@
 //! Redis goes wrong in every way there is: the worker goes on with the ledger
 //! alone, says so once, and comes back by itself. Nothing is lost, nothing is
 //! applied twice.
+#![cfg(feature = "failpoints")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 mod common;
@@ -143,22 +144,37 @@ fn redis_that_is_restarted_at_once_costs_no_switch() {
 
 #[test]
 fn redis_that_is_frozen_costs_one_wait_and_not_one_for_each_message() {
+    let world = World::new();
     let redis = RedisServer::start();
-    // One wait for each message would be four minutes.
-    let mut stage = Stage::with(redis, |config, _| {
-        let orders = Consumer::orders().set("workers", 1).set("batch_max", 256);
-        config.set("redis.timeout", "1s").consumer_only(orders)
-    });
-    stage.apply("before");
-    stage.redis.signal(Signal::SIGSTOP);
-    stage.is_without("no answer within 1s");
-    let taken = Instant::now();
-    for part in ["more", "and-more"] {
-        stage.apply(part);
-    }
-    // Two batches at least: not asked, they wait for nothing.
-    assert!(taken.elapsed() < Duration::from_secs(30));
-    stage.redis.signal(Signal::SIGCONT);
+    let orders = Consumer::orders().set("workers", 1).set("batch_max", 256);
+    // One wait for each message of a batch would be four minutes.
+    let config = world
+        .config()
+        .set("redis.url", redis.url())
+        .set("redis.timeout", "1s")
+        .consumer(orders);
+    world.prepare(&config);
+    // While the only worker stands still, a whole batch gathers.
+    let gate = world.gate();
+    let daemon = world.daemon(&config).pauses_at("marked", 1, &gate).start();
+    world.broker.send(ORDERS, numbered("before", PART));
+    gate.wait_until_hit();
+    world.broker.send(ORDERS, numbered("without", PART));
+    eventually("they are taken", || world.broker.ready(ORDERS) == 0);
+    redis.signal(Signal::SIGSTOP);
+    gate.open();
+    world.wait_for_effects(2 * PART as i64);
+    daemon.wait_for_log(&[LOST, "no answer within 1s"]);
+    assert_eq!(daemon.count_logged(&[LOST]), 1);
+    redis.signal(Signal::SIGCONT);
+    let sent = [numbered_ids("before", PART), numbered_ids("without", PART)].concat();
+    let stage = Stage {
+        world,
+        redis,
+        config,
+        daemon,
+        sent,
+    };
     stage.comes_back();
 }
 

@@ -81,6 +81,7 @@ impl Writer {
             retry_in,
             failure: &failure,
             attempt,
+            worker: None,
             duration: (attempt > 0).then_some(Duration::from_micros(12_500)),
             exchange: "events",
             routing_key: "orders.new",

@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::{ConfigArgument, Exit, output};
 use crate::config;
-use crate::handler;
+use crate::handler::{self, rust::Makers};
 use crate::inspect::{self, Finding, Severity};
 
 /// Arguments of `ackonce check`.
@@ -35,7 +35,7 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
         return Ok(Exit::Success);
     }
     for consumer in &config.consumers {
-        handler::build(consumer).map_err(|error| {
+        handler::build(consumer, &Makers::default()).map_err(|error| {
             eprintln!("{error}");
             Exit::Config
         })?;

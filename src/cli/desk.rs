@@ -87,10 +87,6 @@ impl DeskArguments {
 }
 
 /// Says what is wrong, and with which status to leave.
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "what is reported is done with"
-)]
 pub(super) fn trouble(trouble: Trouble) -> Exit {
     if let Trouble::Database(error) = &trouble {
         return report(error);

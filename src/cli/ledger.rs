@@ -33,7 +33,8 @@ enum Command {
         config: ConfigArgument,
     },
     /// Delete rows older than the retention now, as a daemon does in time: of
-    /// the ledger, the failure journal and the crash marks, in small batches
+    /// the ledger, the failure journal, the crash marks and the claims of keyed handlers, in
+    /// small batches
     Prune(PruneArguments),
 }
 
@@ -132,11 +133,12 @@ fn prune(arguments: &PruneArguments) -> Result<Exit, Exit> {
         false => "deleted",
     };
     output(&format!(
-        "{verb} what is older than {}:\nledger          {}\nfailure journal {}\ncrash marks     {}\n",
+        "{verb} what is older than {}:\nledger          {}\nfailure journal {}\ncrash marks     {}\nclaims          {}\n",
         format_duration(older_than),
         counts.ledger,
         counts.journal,
-        counts.suspects
+        counts.suspects,
+        counts.claims
     ));
     if exit == Exit::Partial {
         eprintln!("ackonce: stopped before the end");

@@ -4,8 +4,10 @@ use clap::Args;
 use crossbeam_channel::{Receiver, bounded, select};
 
 use super::{ConfigArgument, Exit};
+use crate::config::Config;
 use crate::daemon::{self, Fatal};
 use crate::handler::command;
+use crate::handler::rust::Makers;
 use crate::stop::{self, Stopper};
 
 /// Arguments of `ackonce run`.
@@ -22,7 +24,15 @@ pub struct Arguments {
 ///
 /// The exit status.
 pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
-    let config = arguments.config.load()?;
+    run_daemon(arguments.config.load()?, Makers::default())
+}
+
+/// As [`run`], with the handlers of the program.
+///
+/// # Errors
+///
+/// The exit status.
+pub fn run_daemon(config: Config, makers: Makers) -> Result<Exit, Exit> {
     let (signal, signals) = bounded(2);
     ctrlc::set_handler(move || {
         signal.try_send(()).ok();
@@ -36,7 +46,7 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
     std::thread::Builder::new()
         .name("daemon".to_owned())
         .spawn(move || {
-            done.send(daemon::run(&config, &stop)).ok();
+            done.send(daemon::run(&config, &makers, &stop)).ok();
         })
         .map_err(|error| {
             log::error!("failed to start a thread: {error}");

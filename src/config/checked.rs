@@ -395,15 +395,19 @@ pub enum Handler {
     Command(CommandHandler),
     /// `type = "http"`: each message is a request to one URL.
     Http(Box<HttpHandler>),
+    /// `type = "rust"`: code of a program built with the library, with what its
+    /// effect can promise.
+    Rust(Effect),
 }
 
 impl Handler {
-    /// What its effect can promise: its type alone says so.
+    /// What its effect can promise: its type alone says so, but for `rust`.
     #[must_use]
     pub fn effect(&self) -> Effect {
         match self {
             Self::Sql(_) => Effect::Transactional,
             Self::Command(_) | Self::Http(_) => Effect::Keyed,
+            Self::Rust(effect) => *effect,
         }
     }
 }

@@ -130,6 +130,7 @@ impl Writer {
                 }
             }
             Handler::Http(handler) => self.http(handler),
+            Handler::Rust(_) => self.string("type", "rust"),
             Handler::Command(handler) => self.command(handler),
         }
     }

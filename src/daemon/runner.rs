@@ -12,6 +12,7 @@ use crate::broker::consumer::{End, Feed};
 use crate::broker::session::{OpenError, Session};
 use crate::broker::topology::TopologyError;
 use crate::config::checked;
+use crate::handler::rust::Makers;
 use crate::message::{Epoch, Settled};
 use crate::pool::Pool;
 use crate::random;
@@ -36,6 +37,7 @@ enum Next {
 pub(super) struct Runner {
     pub(super) config: checked::Config,
     pub(super) consumer: Arc<checked::Consumer>,
+    pub(super) makers: Makers,
     pub(super) host: String,
     pub(super) stop: Stop,
 }
@@ -59,7 +61,7 @@ impl Runner {
         let mut restarts = 0;
         loop {
             let since = Instant::now();
-            let mut pool = Pool::start(&self.config, &self.consumer, &self.host)?;
+            let mut pool = Pool::start(&self.config, &self.consumer, &self.makers, &self.host)?;
             let next = self.serve(&mut pool, &mut memory);
             pool.stop(match next {
                 // The stop has waited for the workers, or there is one to

@@ -225,7 +225,10 @@ fn has_header(letter: &Letter, (name, value): &(String, String)) -> bool {
     match letter.properties.header(name).map(|field| field.plain()) {
         None => false,
         Some(Value::String(text)) => text == *value,
-        Some(other) => other.to_string() == *value,
+        Some(other) => {
+            let text = other.to_string();
+            text == *value
+        }
     }
 }
 

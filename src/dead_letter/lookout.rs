@@ -97,7 +97,7 @@ impl<'a> Lookout<'a> {
                 unusable: id.as_ref().err().copied(),
                 fingerprint: letter.fingerprint,
                 applied: known.applied,
-                claimed,
+                claimed: claimed || known.claimed,
                 waits: known.waits,
                 age: age(letter, &known, now),
             };

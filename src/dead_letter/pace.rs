@@ -164,6 +164,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn they_go_evenly_and_what_was_late_is_not_made_up_for() {
+        let start = Instant::now();
+        let mut pace = Pace::new(Some("10/s".parse().unwrap()), start);
+        let tenth = Duration::from_millis(100);
+        pace.sent(start);
+        pace.settled(start);
+        assert_eq!(pace.due(start), Some(start + tenth));
+        let late = start + 5 * tenth;
+        assert_eq!(pace.due(late), Some(late));
+        pace.sent(late);
+        pace.settled(late);
+        assert_eq!(pace.due(late), Some(late + tenth));
+    }
+
     proptest! {
         /// A simulated broker takes each message some time after it was sent
         /// and confirms it some time after that.

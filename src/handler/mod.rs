@@ -8,6 +8,7 @@
 
 pub mod command;
 pub mod http;
+pub mod rust;
 pub mod sql;
 
 use crate::config::checked;
@@ -97,15 +98,19 @@ pub enum BuildError {
     /// No request can be made.
     #[error(transparent)]
     Http(#[from] http::SetupError),
+    /// The program has no such handler.
+    #[error(transparent)]
+    Rust(#[from] rust::Misfit),
 }
 
-/// Makes a worker's own handler.
+/// Makes a worker's own handler; `makers` are those of the program.
 ///
 /// # Errors
 ///
 /// When the configuration cannot be run, in words for its author.
-pub fn build(consumer: &checked::Consumer) -> Result<Handler, BuildError> {
+pub fn build(consumer: &checked::Consumer, makers: &rust::Makers) -> Result<Handler, BuildError> {
     Ok(match &consumer.handler {
+        checked::Handler::Rust(effect) => makers.make(consumer, *effect)?,
         checked::Handler::Sql(config) => {
             Handler::Transactional(Box::new(sql::SqlHandler::new(config)?))
         }

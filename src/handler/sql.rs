@@ -74,7 +74,7 @@ impl SqlHandler {
     /// # Errors
     ///
     /// The line of the first statement that the server refuses, and why.
-    pub fn prepare(&self, session: &mut Session) -> Result<(), (ScriptError, Error)> {
+    pub fn prepare(&self, session: &mut Session) -> Result<(), Box<(ScriptError, Error)>> {
         for statement in &self.statements {
             let text = statement.text.clone();
             session
@@ -90,7 +90,7 @@ impl SqlHandler {
                         line: statement.line,
                         problem: error.to_string(),
                     };
-                    (script, error)
+                    Box::new((script, error))
                 })?;
         }
         Ok(())

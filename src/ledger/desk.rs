@@ -14,7 +14,7 @@ use crate::postgres::{Error, Session};
 /// First half of the advisory lock of whoever sits at a desk, "ackd"; the
 /// second is the hash of the consumer's name. Held by the session, so that it
 /// ends with its holder.
-const LOCK: i32 = 0x61_63_6b_64;
+const LOCK: i32 = i32::from_be_bytes(*b"ackd");
 
 /// Rows of old actions deleted when a new one begins, at most.
 const PRUNED_AT_ONCE: i64 = 10_000;

@@ -32,11 +32,13 @@ pub enum Table {
     Journal,
     /// Crash marks.
     Suspects,
+    /// Claims that nobody came back to.
+    Claims,
 }
 
 impl Table {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Ledger, Self::Journal, Self::Suspects];
+    pub const ALL: [Self; 4] = [Self::Ledger, Self::Journal, Self::Suspects, Self::Claims];
 
     /// Its name in the schema `ackonce`.
     #[must_use]
@@ -45,6 +47,7 @@ impl Table {
             Self::Ledger => "ledger",
             Self::Journal => "failure",
             Self::Suspects => "suspect",
+            Self::Claims => "claim",
         }
     }
 }
@@ -87,13 +90,15 @@ pub struct Counts {
     pub journal: u64,
     /// Crash marks.
     pub suspects: u64,
+    /// Claims of keyed handlers.
+    pub claims: u64,
 }
 
 impl Counts {
     /// Of all tables.
     #[must_use]
     pub fn total(&self) -> u64 {
-        self.ledger + self.journal + self.suspects
+        self.ledger + self.journal + self.suspects + self.claims
     }
 }
 
@@ -102,6 +107,7 @@ impl std::ops::AddAssign for Counts {
         self.ledger += other.ledger;
         self.journal += other.journal;
         self.suspects += other.suspects;
+        self.claims += other.claims;
     }
 }
 
@@ -249,6 +255,7 @@ impl Sweeper {
             Table::Ledger => DELETE_FROM_LEDGER,
             Table::Journal => DELETE_FROM_JOURNAL,
             Table::Suspects => DELETE_FROM_SUSPECTS,
+            Table::Claims => DELETE_FROM_CLAIMS,
         };
         let batch = i64::try_from(batch).unwrap_or(i64::MAX);
         self.session.run(async |connection| {
@@ -259,7 +266,7 @@ impl Sweeper {
                 .bind(batch);
             let query = match table {
                 Table::Journal => query.bind(age.reasons.as_secs_f64()),
-                Table::Ledger | Table::Suspects => query,
+                Table::Ledger | Table::Suspects | Table::Claims => query,
             };
             query.fetch_one(connection).await.map(counts)
         })
@@ -275,6 +282,7 @@ impl Sweeper {
             Table::Ledger => COUNT_IN_LEDGER,
             Table::Journal => COUNT_IN_JOURNAL,
             Table::Suspects => COUNT_IN_SUSPECTS,
+            Table::Claims => COUNT_IN_CLAIMS,
         };
         self.session.run(async |connection| {
             let query = sqlx::query_as(statement)
@@ -283,7 +291,7 @@ impl Sweeper {
                 .bind(age.retention.as_secs_f64());
             let query = match table {
                 Table::Journal => query.bind(age.reasons.as_secs_f64()),
-                Table::Ledger | Table::Suspects => query,
+                Table::Ledger | Table::Suspects | Table::Claims => query,
             };
             query.fetch_one(connection).await.map(counts)
         })
@@ -336,12 +344,13 @@ pub fn uncovered(session: &mut Session, retention: Duration) -> Result<Vec<Uncov
     })
 }
 
-fn counts(row: (i64, i64, i64)) -> Counts {
+fn counts(row: (i64, i64, i64, i64)) -> Counts {
     let number = |count: i64| u64::try_from(count).unwrap_or(0);
     Counts {
         ledger: number(row.0),
         journal: number(row.1),
         suspects: number(row.2),
+        claims: number(row.3),
     }
 }
 
@@ -374,7 +383,7 @@ const DELETE_FROM_LEDGER: &str = concat!(
      WHERE failure.consumer_id = gone.consumer_id AND failure.message_id = gone.message_id \
      AND failure.fingerprint = gone.fingerprint \
      AND failed_at < now() - make_interval(secs => $3) RETURNING 1) \
-     SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM reasons), 0::int8"
+     SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM reasons), 0::int8, 0::int8"
 );
 
 const DELETE_FROM_JOURNAL: &str = concat!(
@@ -383,7 +392,7 @@ const DELETE_FROM_JOURNAL: &str = concat!(
     on_pages!(),
     " AND failed_at < now() - make_interval(secs => CASE WHEN reason IS NULL THEN $3 ELSE $5 END) \
      LIMIT $4)) AND failed_at < now() - make_interval(secs => $3) RETURNING 1) \
-     SELECT 0::int8, count(*), 0::int8 FROM gone"
+     SELECT 0::int8, count(*), 0::int8, 0::int8 FROM gone"
 );
 
 const DELETE_FROM_SUSPECTS: &str = concat!(
@@ -392,19 +401,30 @@ const DELETE_FROM_SUSPECTS: &str = concat!(
     on_pages!(),
     " AND marked_at < now() - make_interval(secs => $3) LIMIT $4)) \
      AND marked_at < now() - make_interval(secs => $3) RETURNING 1) \
-     SELECT 0::int8, 0::int8, count(*) FROM gone"
+     SELECT 0::int8, 0::int8, count(*), 0::int8 FROM gone"
+);
+
+/// The claim of a daemon that ended is taken over with its message. One that
+/// nobody has taken over speaks of a message that is in no queue any more.
+const DELETE_FROM_CLAIMS: &str = concat!(
+    "WITH gone AS (DELETE FROM ackonce.claim WHERE ctid = ANY (ARRAY( \
+     SELECT ctid FROM ackonce.claim WHERE ",
+    on_pages!(),
+    " AND lease_until < now() - make_interval(secs => $3) LIMIT $4)) \
+     AND lease_until < now() - make_interval(secs => $3) RETURNING 1) \
+     SELECT 0::int8, 0::int8, 0::int8, count(*) FROM gone"
 );
 
 // And here `$4` is the age of reasons.
 
 const COUNT_IN_LEDGER: &str = concat!(
-    "SELECT count(*), 0::int8, 0::int8 FROM ackonce.ledger WHERE ",
+    "SELECT count(*), 0::int8, 0::int8, 0::int8 FROM ackonce.ledger WHERE ",
     on_pages!(),
     " AND applied_at < now() - make_interval(secs => $3)"
 );
 
 const COUNT_IN_JOURNAL: &str = concat!(
-    "SELECT 0::int8, count(*), 0::int8 FROM ackonce.failure WHERE ",
+    "SELECT 0::int8, count(*), 0::int8, 0::int8 FROM ackonce.failure WHERE ",
     on_pages!(),
     " AND (failed_at < now() - make_interval(secs => CASE WHEN reason IS NULL THEN $3 ELSE $4 END) \
      OR failed_at < now() - make_interval(secs => $3) AND EXISTS (SELECT FROM ackonce.ledger \
@@ -414,7 +434,13 @@ const COUNT_IN_JOURNAL: &str = concat!(
 );
 
 const COUNT_IN_SUSPECTS: &str = concat!(
-    "SELECT 0::int8, 0::int8, count(*) FROM ackonce.suspect WHERE ",
+    "SELECT 0::int8, 0::int8, count(*), 0::int8 FROM ackonce.suspect WHERE ",
     on_pages!(),
     " AND marked_at < now() - make_interval(secs => $3)"
+);
+
+const COUNT_IN_CLAIMS: &str = concat!(
+    "SELECT 0::int8, 0::int8, 0::int8, count(*) FROM ackonce.claim WHERE ",
+    on_pages!(),
+    " AND lease_until < now() - make_interval(secs => $3)"
 );

@@ -32,6 +32,8 @@ pub struct Asked<'a> {
 pub struct Known {
     /// Fingerprint of the ledger row with its id.
     pub applied: Option<Fingerprint>,
+    /// A keyed handler is at it: the lease of its claim goes on.
+    pub claimed: bool,
     /// A copy of it waits for a retry, or is on its way back from there.
     pub waits: bool,
     /// How long ago it was first dead-lettered, as far as the journal goes back.
@@ -67,28 +69,69 @@ pub fn registration(session: &mut Session, consumer: &str) -> Result<Registratio
     super::register(session, consumer)
 }
 
+/// What came of forgetting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forgotten {
+    /// Its ledger row is gone; or there was none.
+    Yes,
+    /// A keyed handler is at it. Nothing was done.
+    AtWork,
+    /// It was forgotten before, since the letter died, and was applied since:
+    /// the letter was only not taken out then. Nothing was done.
+    AppliedSince,
+}
+
 /// Forgets the ledger row of `letter`'s id, and writes down that `action` does;
-/// both or neither. Whether there was a row.
+/// both or neither. `died_at` is when the letter died, in microseconds since
+/// 1970: a letter is forced once, however often the command has to be run.
 ///
 /// # Errors
 ///
 /// When it is not forgotten, or not known to be: then nothing may be published.
-pub fn forget(session: &mut Session, action: ActionId, letter: Key<'_>) -> Result<bool, Error> {
+pub fn forget(
+    session: &mut Session,
+    action: ActionId,
+    letter: Key<'_>,
+    died_at: Option<i64>,
+) -> Result<Forgotten, Error> {
     session.execute("BEGIN ISOLATION LEVEL READ COMMITTED")?;
-    let forgotten = session.run(async |connection| {
+    let result = session.run(async |connection| {
+        let (at_work, applied_since): (bool, bool) = sqlx::query_as(
+            "SELECT EXISTS (SELECT FROM ackonce.claim WHERE consumer_id = $1 \
+             AND message_id = $2 AND lease_until > now()), \
+             EXISTS (SELECT FROM ackonce.desk_letter AS forced \
+             JOIN ackonce.desk_action AS action ON action.id = forced.action_id \
+             JOIN ackonce.ledger ON ledger.consumer_id = forced.consumer_id \
+             AND ledger.message_id = forced.message_id \
+             WHERE action.action = 'force-reprocess' AND forced.consumer_id = $1 \
+             AND forced.message_id = $2 AND forced.fingerprint = $3 \
+             AND ledger.fingerprint = $3 AND ledger.applied_at > forced.acted_at \
+             AND ($4 IS NULL OR forced.acted_at > to_timestamp($4 / 1000000.0)))",
+        )
+        .bind(action.consumer_id())
+        .bind(letter.0)
+        .bind(&letter.1.0[..])
+        .bind(died_at)
+        .fetch_one(&mut *connection)
+        .await?;
+        if at_work {
+            return Ok(Forgotten::AtWork);
+        }
+        if applied_since {
+            return Ok(Forgotten::AppliedSince);
+        }
         desk::note_in(&mut *connection, action, &[letter]).await?;
-        let gone =
-            sqlx::query("DELETE FROM ackonce.ledger WHERE consumer_id = $1 AND message_id = $2")
-                .bind(action.consumer_id())
-                .bind(letter.0)
-                .execute(connection)
-                .await?;
-        Ok(gone.rows_affected() > 0)
+        sqlx::query("DELETE FROM ackonce.ledger WHERE consumer_id = $1 AND message_id = $2")
+            .bind(action.consumer_id())
+            .bind(letter.0)
+            .execute(connection)
+            .await?;
+        Ok(Forgotten::Yes)
     });
-    match forgotten {
+    match result {
         Ok(forgotten) => session.execute("COMMIT").map(|()| forgotten),
         Err(error) => {
-            // A session that cannot roll back is of no use, and ends with that.
+            // A session that cannot roll back is lost, and rolls back with that.
             session.execute("ROLLBACK").ok();
             Err(error)
         }
@@ -109,8 +152,9 @@ pub fn look_up(
     session.run(async |connection| {
         let rows = sqlx::query(
             "SELECT ledger.fingerprint, coalesce(last.waits, false), \
-             extract(epoch FROM now() - first.failed_at)::float8 \
-             FROM unnest($2::text[], $3::bytea[]) WITH ORDINALITY \
+             extract(epoch FROM now() - first.failed_at)::float8, EXISTS (SELECT \
+             FROM ackonce.claim WHERE consumer_id = $1 AND message_id = asked.message_id \
+             AND lease_until > clock_timestamp()) FROM unnest($2::text[], $3::bytea[]) WITH ORDINALITY \
              AS asked (message_id, fingerprint, place) \
              LEFT JOIN ackonce.ledger ON ledger.consumer_id = $1 \
              AND ledger.message_id = asked.message_id \
@@ -134,6 +178,7 @@ pub fn look_up(
                 let dead_for: Option<f64> = row.try_get(2)?;
                 Ok(Known {
                     applied: fingerprint(row, 0)?,
+                    claimed: row.try_get(3)?,
                     waits: row.try_get(1)?,
                     // A clock that was set back makes it young.
                     dead_for: dead_for.map(|s| Duration::try_from_secs_f64(s).unwrap_or_default()),

@@ -1,4 +1,4 @@
-//! Everything that ledger, journal and crash marks know of one message id.
+//! Everything that ledger, journal, crash marks and claims know of one message id.
 
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
@@ -20,6 +20,8 @@ pub struct Story {
     pub cut: bool,
     /// Its crash marks: one a consumer.
     pub marks: Vec<Mark>,
+    /// Who is at it: one a consumer, of those with a keyed handler.
+    pub claims: Vec<Claim>,
     /// What operators did to its dead letters, the newest [`ATTEMPTS_MAX`] in
     /// the order in which it was written down.
     pub deeds: Vec<Deed>,
@@ -95,6 +97,23 @@ pub struct Mark {
     pub deaths: i32,
 }
 
+/// A claim of a keyed handler.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Claim {
+    /// The consumer's name.
+    pub consumer: String,
+    /// When it was made.
+    pub at: Moment,
+    /// Until when it holds, if it is not renewed.
+    pub until: Moment,
+    /// Whether that is over.
+    pub over: bool,
+    /// Host and process id of the daemon.
+    pub holder: String,
+    /// SHA-256 of the body, in hex.
+    pub fingerprint: String,
+}
+
 /// What an operator was about to do to a dead letter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Deed {
@@ -130,6 +149,7 @@ pub fn read(session: &mut Session, id: &MessageId, consumer: Option<&str>) -> Re
             attempts,
             cut,
             marks: marks(connection, id, consumer).await?,
+            claims: claims(connection, id, consumer).await?,
             deeds: deeds(connection, id, consumer).await?,
         })
     })?;
@@ -238,6 +258,39 @@ async fn marks(
                 consumer: row.try_get(0)?,
                 at: moment(row, 1)?,
                 deaths: row.try_get(3)?,
+            })
+        })
+        .collect()
+}
+
+async fn claims(
+    connection: &mut PgConnection,
+    id: &MessageId,
+    consumer: Option<&str>,
+) -> Result<Vec<Claim>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT name, (extract(epoch FROM claimed_at) * 1000000)::int8, \
+         to_char(claimed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         (extract(epoch FROM lease_until) * 1000000)::int8, \
+         to_char(lease_until AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         lease_until < now(), holder, encode(fingerprint, 'hex') \
+         FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.claim \
+         WHERE consumer_id = consumer.id AND message_id = $1) AS row \
+         WHERE $2 IS NULL OR name = $2 ORDER BY name",
+    )
+    .bind(id.as_str())
+    .bind(consumer)
+    .fetch_all(connection)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Claim {
+                consumer: row.try_get(0)?,
+                at: moment(row, 1)?,
+                until: moment(row, 3)?,
+                over: row.try_get(5)?,
+                holder: row.try_get(6)?,
+                fingerprint: row.try_get(7)?,
             })
         })
         .collect()

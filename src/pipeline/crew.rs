@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::Shared;
 use super::item::Item;
 use crate::config::checked;
 use crate::failpoint::{self, Step};
 use crate::failure::{Class, Failure};
+use crate::handler::rust::Makers;
 use crate::handler::{self, Handler, Keyed, Work};
 use crate::message::{MessageId, Settled};
 
@@ -53,12 +55,12 @@ impl Crew {
     ///
     /// When a thread cannot be started.
     pub(super) fn start(
-        consumer: &Arc<checked::Consumer>,
+        shared: &Shared,
         handlers: Vec<Box<dyn Keyed>>,
         most: usize,
         panicked: &Sender<()>,
-        outbox: &Sender<Vec<Settled>>,
     ) -> anyhow::Result<Self> {
+        let consumer = &shared.consumer;
         let size = handlers.len();
         // Nobody waits for a place in either.
         let (calls, uncalled) = bounded(most);
@@ -68,9 +70,10 @@ impl Crew {
                 number,
                 handler,
                 consumer: Arc::clone(consumer),
+                makers: shared.makers.clone(),
                 calls: uncalled.clone(),
                 answers: answer.clone(),
-                outbox: outbox.clone(),
+                outbox: shared.outbox.clone(),
             };
             let (name, panicked) = (consumer.name.clone(), panicked.clone());
             std::thread::Builder::new()
@@ -103,6 +106,7 @@ struct Caller {
     number: usize,
     handler: Box<dyn Keyed>,
     consumer: Arc<checked::Consumer>,
+    makers: Makers,
     calls: Receiver<Box<Item>>,
     answers: Sender<Answer>,
     #[expect(
@@ -158,7 +162,7 @@ impl Caller {
             return Some(Outcome::Returned(result));
         }
         // What it left behind may be broken.
-        let Ok(Handler::Keyed(handler)) = handler::build(&self.consumer) else {
+        let Ok(Handler::Keyed(handler)) = handler::build(&self.consumer, &self.makers) else {
             return None;
         };
         self.handler = handler;

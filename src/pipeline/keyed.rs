@@ -112,7 +112,7 @@ impl Foreman {
         let leases = Leases::start(&shared.consumer, stop, allowed, keeping)?;
         // Every delivery of the current connection and of the one before it.
         let most = 2 * usize::from(shared.consumer.prefetch);
-        let crew = Crew::start(&shared.consumer, handlers, most, panicked, &shared.outbox)?;
+        let crew = Crew::start(&shared, handlers, most, panicked)?;
         Ok(Self {
             worker: Worker::new(shared, own, claims, Hands::Crew(kind)),
             crew,

@@ -22,14 +22,21 @@ const WARM_UP: Duration = Duration::from_secs(20);
 /// How long a stop may take: the configured 25 s, and some.
 const STOP_WITHIN: Duration = Duration::from_secs(45);
 
+/// Resident memory of a process, in KiB.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Memory {
+    pub all: u64,
+    /// Without what is mapped from files: heap and stacks.
+    pub anonymous: u64,
+}
+
 /// One life of one daemon.
 #[derive(Debug, Clone)]
 pub struct Life {
     pub daemon: usize,
     pub lasted: Duration,
-    /// Resident memory after the warm-up, at most since, and at the end, in
-    /// KiB; zero when it did not live that long.
-    pub memory_kib: [u64; 3],
+    /// Resident memory, once a second after the warm-up.
+    pub memory: Vec<Memory>,
 }
 
 /// One daemon, life after life.
@@ -208,7 +215,7 @@ impl Drop for Fleet {
 struct Running {
     child: Child,
     since: Instant,
-    memory_kib: [u64; 3],
+    memory: Vec<Memory>,
     looked_at: Instant,
 }
 
@@ -275,7 +282,7 @@ fn start(slot: &Slot, mutant: Option<&str>) -> Option<Running> {
     Some(Running {
         child,
         since: now,
-        memory_kib: [0; 3],
+        memory: Vec::new(),
         looked_at: now,
     })
 }
@@ -287,32 +294,28 @@ impl Running {
             return;
         }
         self.looked_at = Instant::now();
-        let Some(now) = resident_kib(self.child.id()) else {
-            return;
-        };
-        let [first, most, last] = &mut self.memory_kib;
-        if *first == 0 {
-            *first = now;
-        }
-        *most = now.max(*most);
-        *last = now;
+        self.memory.extend(memory_of(self.child.id()));
     }
 
-    fn end(&self, daemon: usize) -> Life {
+    fn end(&mut self, daemon: usize) -> Life {
         Life {
             daemon,
             lasted: self.since.elapsed(),
-            memory_kib: self.memory_kib,
+            memory: std::mem::take(&mut self.memory),
         }
     }
 }
 
-fn resident_kib(pid: u32) -> Option<u64> {
+fn memory_of(pid: u32) -> Option<Memory> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().split(' ').next()?.parse().ok()
+    let kib = |name: &str| -> Option<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().split(' ').next()?.parse().ok()
+    };
+    Some(Memory {
+        all: kib("VmRSS:")?,
+        anonymous: kib("RssAnon:")?,
+    })
 }
 
 /// Debian's library that sets a process's clock off, where it is installed.

@@ -63,7 +63,6 @@ fn nothing_is_lost_and_nothing_doubled_whatever_breaks() {
         std::fs::write(path, &outcome.report).expect("the report is written");
         println!("wrote {}", path.display());
     }
-    assert!(!interrupted(), "interrupted");
     assert!(
         outcome.findings.are_none(),
         "seed {}:\n{}\n{}",
@@ -104,10 +103,12 @@ fn run(servers: &Servers, plan: Plan, name: &str) -> Outcome {
         seed: stage.plan.seed,
     });
     let length = break_things(&stage, &publishing);
+    assert!(!interrupted(), "interrupted");
     stage.say("everything heals");
     heal(&stage);
     let journal = publishing.stop();
     let left = checker::drain(&stage);
+    assert!(!interrupted(), "interrupted");
     stage.say("comparing");
     let stopped = stage.fleet.stop();
     let (mut findings, sums) = checker::check(&stage, &journal, left);
@@ -222,7 +223,6 @@ fn is_found(servers: &Servers, mutant: &str, kinds: &[Kind]) -> bool {
         };
         let name = format!("{}_{turn}", mutant.replace('-', "_"));
         let outcome = run(servers, plan, &name);
-        assert!(!interrupted(), "interrupted");
         let seconds = outcome.lasted.as_secs();
         println!(
             "{mutant}, {} faults, {seconds} s:\n{}",

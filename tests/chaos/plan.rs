@@ -46,7 +46,11 @@ impl Plan {
             kinds,
             // Nothing but cuts: as fast as the daemons come back.
             rest: Duration::from_millis(if only_cuts { 0 } else { 4_000 }),
-            mutant: variable("MUTANT"),
+            mutant: variable("MUTANT").inspect(|name| {
+                let known: Vec<&str> = crate::MUTANTS.iter().map(|(name, _)| *name).collect();
+                let there = known.contains(&name.as_str());
+                assert!(there, "no mutant is called {name:?}; there are {known:?}");
+            }),
             report: variable("REPORT").map(PathBuf::from),
             logs: variable("LOGS").map(PathBuf::from),
         }

@@ -244,7 +244,7 @@ impl Desk {
 
     fn connect(&mut self) {
         let broker = checked::Broker {
-            url: checked::Secret::new(self.order.url.clone()),
+            urls: vec![checked::Secret::new(self.order.url.clone())],
             ca_file: None,
             heartbeat: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(3),

@@ -133,18 +133,31 @@ fn write_lives(text: &mut String, stage: &Stage<'_>) -> std::fmt::Result {
     lives.sort_by_key(|life| std::cmp::Reverse(life.lasted));
     writeln!(
         text,
-        "\n{} lives of daemons; the longest:\n",
+        "\n{} lives of daemons; the longest, with their resident memory in MiB, and in brackets \
+         what of it is heap and stacks:\n",
         stage.fleet.lives()
     )?;
     writeln!(
         text,
-        "| daemon | lived | resident after 20 s | at most since | at the end |\n|---|---|---|---|---|"
+        "| daemon | lived | after 20 s | in the middle | at the end | at most |\n\
+         |---|---|---|---|---|---|"
     )?;
     for life in lives.iter().take(3) {
-        let [first, most, last] = life.memory_kib.map(|kib| kib as f64 / 1024.0);
+        let all = &life.memory;
+        let shown = [
+            all.first(),
+            all.get(all.len() / 2),
+            all.last(),
+            all.iter().max(),
+        ];
+        let [first, middle, last, most] = shown.map(|memory| {
+            let memory = memory.copied().unwrap_or_default();
+            let [all, anonymous] = [memory.all, memory.anonymous].map(|kib| kib as f64 / 1024.0);
+            format!("{all:.1} ({anonymous:.1})")
+        });
         writeln!(
             text,
-            "| {} | {} s | {first:.1} MiB | {most:.1} MiB | {last:.1} MiB |",
+            "| {} | {} s | {first} | {middle} | {last} | {most} |",
             life.daemon,
             life.lasted.as_secs()
         )?;

@@ -37,13 +37,6 @@ impl Config {
         self
     }
 
-    /// With `consumer` in the place of those there are.
-    #[must_use]
-    pub fn consumer_only(mut self, consumer: Consumer) -> Self {
-        self.table.remove("consumer");
-        self.consumer(consumer)
-    }
-
     /// Names of its consumers.
     pub fn consumer_names(&self) -> Vec<String> {
         let consumers = self.table.get("consumer").and_then(Value::as_array);

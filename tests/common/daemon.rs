@@ -78,6 +78,22 @@ impl Builder {
         Self { command, consumers }
     }
 
+    /// Runs `program` in place of `ackonce`, with the configuration's path in
+    /// `PROGRAM_CONFIG`.
+    #[must_use]
+    pub fn program(mut self, mut program: Command) -> Self {
+        for (name, value) in command().get_envs() {
+            match value {
+                Some(value) => program.env(name, value),
+                None => program.env_remove(name),
+            };
+        }
+        let config = self.command.get_args().last().expect("the configuration");
+        program.env("PROGRAM_CONFIG", config).stdin(Stdio::null());
+        self.command = program;
+        self
+    }
+
     /// Kills itself at the `nth` time it comes to the failpoint `name`.
     #[must_use]
     pub fn dies_at(mut self, name: &str, nth: u32) -> Self {

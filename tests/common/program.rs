@@ -77,7 +77,7 @@ impl Programs {
     /// is the folder, and `OUT` in its environment too, unless they say otherwise.
     pub fn handler(&self, lines: &str) -> Box<dyn Keyed> {
         let consumer = self.consumer(lines, &BTreeMap::new());
-        match handler::build(&consumer).expect("a handler") {
+        match handler::build(&consumer, &Default::default()).expect("a handler") {
             Handler::Keyed(handler) => handler,
             Handler::Transactional(_) => panic!("a handler with a key"),
         }

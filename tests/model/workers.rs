@@ -17,6 +17,7 @@ impl Scenario {
             attempted: vec![false; self.messages.len()],
             processes: Default::default(),
             redis: [Redis::Nothing; KEYS],
+            claims: [None; KEYS],
             ledger: [None; KEYS],
             effects: Default::default(),
             orphans: vec![],
@@ -78,6 +79,12 @@ impl Scenario {
         }
         let remembered = (0..KEYS).filter(|key| world.redis[*key] != Redis::Nothing);
         moves.extend(remembered.map(Move::Forget));
+        for (key, claim) in world.claims.iter().enumerate() {
+            let may = |claim: &Claim| claim.owner.is_none() || world.faults.lapses > 0;
+            if claim.is_some_and(|claim| !claim.lapsed && may(&claim)) {
+                moves.push(Move::Lapse(key));
+            }
+        }
     }
 
     /// The world after a move.
@@ -88,7 +95,8 @@ impl Scenario {
             Move::Carry(at, luck) => self.carry(&mut world, at, luck),
             Move::Happen(at, event) => {
                 world.faults.stops -= u8::from(event == Event::Stopping);
-                world.faults.failures -= u8::from(event == Event::Quarantined);
+                let failure = FAILURES.contains(&event) || event == Event::Quarantined;
+                world.faults.failures -= u8::from(failure);
                 self.happen(&mut world, at, event);
             }
             Move::EndIdle((process, index)) => {
@@ -102,6 +110,7 @@ impl Scenario {
                 world.rest(token, Place::Copied);
             }
             Move::Forget(key) => world.redis[key] = Redis::Nothing,
+            Move::Lapse(key) => world.lapse(key),
             Move::Commit(orphan) => {
                 let transaction = world.orphans.remove(orphan);
                 world.commit(transaction);
@@ -148,10 +157,16 @@ impl Scenario {
         };
         let mut lucks = match action {
             Action::Park | Action::Rollback | Action::Settle(_) => return vec![Luck::Done],
+            Action::Surrender if !job.claimed => return vec![Luck::Done],
             Action::Claim => return vec![Luck::Done, Luck::NotDone, Luck::Unanswered],
-            Action::MarkDone | Action::Release | Action::Journal(_) | Action::JournalAttempt => {
-                return vec![Luck::Done, Luck::NotDone];
-            }
+            Action::MarkDone
+            | Action::Release
+            | Action::Surrender
+            | Action::Journal(_)
+            | Action::JournalAttempt => return vec![Luck::Done, Luck::NotDone],
+            Action::Call => return vec![Luck::Done],
+            Action::Complete => vec![Luck::Done],
+            Action::Record if self.protocol.keyed => vec![Luck::Done],
             Action::Record if self.insert_waits(world, job) => vec![],
             Action::Apply | Action::Commit if job.transaction.is_none() => vec![Luck::NotDone],
             Action::Record | Action::Apply | Action::Commit => vec![Luck::Done],
@@ -160,8 +175,12 @@ impl Scenario {
             let can = |event: &Event| (self.protocol.step)(job.state, *event).is_ok();
             lucks.extend(FAILURES.into_iter().filter(can).map(Luck::Fails));
         }
-        let open = job.transaction.is_some();
-        if *action == Action::Commit && open && world.faults.lost_replies > 0 {
+        let commits = match action {
+            Action::Commit => job.transaction.is_some(),
+            Action::Record => self.protocol.keyed,
+            action => *action == Action::Complete,
+        };
+        if commits && world.faults.lost_replies > 0 {
             lucks.push(Luck::Unanswered);
         }
         lucks
@@ -201,7 +220,17 @@ impl Scenario {
                 let row = world.ledger[published.key];
                 events.extend(row.map(|body| Event::Found(compare(published.body, body))));
             }
+            State::Leased if job.calling => {
+                events.push(Event::Succeeded);
+                let can = |event: &Event| (self.protocol.step)(job.state, *event).is_ok();
+                if world.faults.failures > 0 {
+                    events.extend(FAILURES.into_iter().filter(can));
+                }
+            }
             _ => {}
+        }
+        if job.state == State::Leased && job.lapsed {
+            events.push(Event::LeaseLost);
         }
         let open = job.transaction.is_some();
         let may = |event| !open && (self.protocol.step)(job.state, event).is_ok();
@@ -228,8 +257,14 @@ impl Scenario {
     fn carry(&self, world: &mut World, (process, index): At, luck: Luck) {
         let job = &mut world.processes[process].jobs[index];
         let published = self.messages[world.copies[job.message]];
-        let action = job.todo[0];
+        let (action, claimed) = (job.todo[0], job.claimed);
         job.todo = &job.todo[1..];
+        // With what is written into the journal goes the claim in the ledger, in
+        // the same transaction; and nothing is written if it is not one's own.
+        let journals = matches!(action, Action::Journal(_) | Action::JournalAttempt);
+        let counts = !(journals && claimed && luck == Luck::Done)
+            || surrender(world, (process, index), published.key);
+        let job = &mut world.processes[process].jobs[index];
         let reply = match (action, luck) {
             (_, Luck::Fails(event)) => {
                 world.faults.failures -= 1;
@@ -241,6 +276,34 @@ impl Scenario {
                 published.body,
                 luck,
             )),
+            (Action::Record, _) if self.protocol.keyed => {
+                let reply = self.claim(world, (process, index), published);
+                match luck {
+                    Luck::Unanswered => {
+                        world.faults.lost_replies -= 1;
+                        Some(Event::Failed(Class::Systemic))
+                    }
+                    _ => Some(reply),
+                }
+            }
+            (Action::Call, _) => {
+                job.calling = true;
+                None
+            }
+            (Action::Complete, _) => {
+                let reply = self.complete(world, (process, index), published);
+                match luck {
+                    Luck::Unanswered => {
+                        world.faults.lost_replies -= 1;
+                        Some(Event::CommitUnknown)
+                    }
+                    _ => Some(reply),
+                }
+            }
+            (Action::Surrender, Luck::Done) => {
+                surrender(world, (process, index), published.key);
+                None
+            }
             (Action::Record, _) => Some(self.record(job, published, world.ledger[published.key])),
             (Action::Apply | Action::Commit, Luck::NotDone) => Some(Event::Failed(Class::Systemic)),
             (Action::Apply, _) => {
@@ -256,6 +319,7 @@ impl Scenario {
             (Action::Journal(_) | Action::JournalAttempt, Luck::NotDone) => {
                 Some(Event::JournalFailed)
             }
+            _ if !counts => Some(Event::LeaseLost),
             (Action::JournalAttempt, _) => {
                 world.attempted[job.message] = true;
                 Some(Event::Journaled)
@@ -282,7 +346,7 @@ impl Scenario {
                 world.processes[process].settlements.push(settled);
                 None
             }
-            (Action::Park | Action::MarkDone | Action::Release, _) => None,
+            (Action::Park | Action::MarkDone | Action::Release | Action::Surrender, _) => None,
         };
         if let Some(event) = reply {
             self.happen(world, (process, index), event);
@@ -309,6 +373,56 @@ impl Scenario {
         }
     }
 
+    /// The claim, and the look into the ledger after it. A claim that finds a
+    /// row is deleted at once.
+    fn claim(&self, world: &mut World, (process, index): At, published: Published) -> Event {
+        let Published { key, body, .. } = published;
+        let job = &mut world.processes[process].jobs[index];
+        let (own, row, there) = (job.token, world.ledger[key], world.claims[key]);
+        let free = match there {
+            Some(claim) => {
+                claim.lapsed || claim.owner == Some(own) || !self.protocol.waits_for_lease
+            }
+            None => true,
+        };
+        job.claimed = free && row.is_none();
+        match row {
+            Some(other) => {
+                if there.is_some_and(|claim| claim.owner == Some(own)) {
+                    world.claims[key] = None;
+                }
+                Event::Found(compare(body, other))
+            }
+            None if free => {
+                job.lapsed = false;
+                world.claims[key] = Some(Claim {
+                    owner: Some(own),
+                    lapsed: false,
+                });
+                Event::LeaseWon
+            }
+            None => Event::LeaseHeld,
+        }
+    }
+
+    /// The claim becomes a ledger row, if it is one's own; otherwise the ledger
+    /// is asked what became of it.
+    fn complete(&self, world: &mut World, (process, index): At, published: Published) -> Event {
+        let Published { key, body, .. } = published;
+        let own = world.processes[process].jobs[index].token;
+        let ours = world.claims[key].is_some_and(|claim| claim.owner == Some(own));
+        let row = world.ledger[key];
+        if row.is_none() && (ours || !self.protocol.complete_compares) {
+            world.claims[key] = None;
+            world.ledger[key] = Some(body);
+            return Event::Committed;
+        }
+        match row {
+            Some(other) => Event::Found(compare(body, other)),
+            None => Event::LeaseLost,
+        }
+    }
+
     /// Compare-and-delete.
     fn release(&self, world: &mut World, key: usize, token: Token) {
         if let Redis::Claim(holder) = world.redis[key] {
@@ -331,6 +445,16 @@ impl Scenario {
         };
         job.state = state;
         job.todo = todo;
+        let ends_call = std::mem::take(&mut job.calling);
+        if matches!(event, Event::LeaseLost | Event::Found(_) | Event::Journaled) {
+            job.claimed = false;
+        }
+        if ends_call && event == Event::Succeeded {
+            let Published { key, body, .. } = self.messages[world.copies[job.message]];
+            let effects = &mut world.effects[key][usize::from(body)];
+            *effects = (*effects + 1).min(2);
+        }
+        let job = &world.processes[process].jobs[index];
         let owner = self.messages[world.copies[job.message]];
         let State::Settled(settlement) = state else {
             return;
@@ -387,6 +511,17 @@ impl Scenario {
             world.processes[process].confirmed.push(token);
         }
     }
+}
+
+/// Deletes the delivery's claim in the ledger, if it is its own. Whether it
+/// was.
+fn surrender(world: &mut World, (process, index): At, key: usize) -> bool {
+    let own = world.processes[process].jobs[index].token;
+    let ours = world.claims[key].is_some_and(|claim| claim.owner == Some(own));
+    if ours {
+        world.claims[key] = None;
+    }
+    ours
 }
 
 fn compare(one: u8, other: u8) -> Body {

@@ -19,6 +19,14 @@ pub struct Protocol {
     pub release_compares: bool,
     /// A message that is to be retried is removed once its copy is confirmed.
     pub copy_comes_first: bool,
+    /// The handler works outside the ledger's transaction, under a claim that
+    /// is committed before it runs.
+    pub keyed: bool,
+    /// Another's claim in the ledger is taken over only when its lease has run
+    /// out.
+    pub waits_for_lease: bool,
+    /// A claim becomes a ledger row only if it is one's own.
+    pub complete_compares: bool,
 }
 
 pub const REAL: Protocol = Protocol {
@@ -28,6 +36,15 @@ pub const REAL: Protocol = Protocol {
     effect_beside_row: true,
     release_compares: true,
     copy_comes_first: true,
+    keyed: false,
+    waits_for_lease: true,
+    complete_compares: true,
+};
+
+/// As [`REAL`], with a keyed handler.
+pub const KEYED: Protocol = Protocol {
+    keyed: true,
+    ..REAL
 };
 
 /// A published message.
@@ -57,6 +74,10 @@ pub struct Faults {
     /// COMMIT, or the copy for a retry, is sent and not answered.
     pub lost_replies: u8,
     pub stops: u8,
+    /// A lease in the ledger runs out under somebody who lives: its process
+    /// stood still, or did not reach the ledger. That of one who is gone runs
+    /// out for nothing.
+    pub lapses: u8,
 }
 
 /// Which delivery: its ticket and its claim's token in one.
@@ -88,6 +109,15 @@ pub enum Redis {
     Done(u8),
 }
 
+/// A claim in the ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Claim {
+    /// `None`: of a delivery that is no more.
+    pub owner: Option<Token>,
+    /// Its lease has run out.
+    pub lapsed: bool,
+}
+
 /// An open transaction that has inserted a ledger row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Transaction {
@@ -107,6 +137,12 @@ pub struct Job {
     pub transaction: Option<Transaction>,
     /// COMMIT went unanswered, and the ledger has not been heard since.
     pub doubt: bool,
+    /// Its keyed handler runs.
+    pub calling: bool,
+    /// It has, or may have, a claim in the ledger.
+    pub claimed: bool,
+    /// The lease of that claim has run out; whether it knows, is another matter.
+    pub lapsed: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -142,9 +178,12 @@ pub struct World {
     pub attempted: Vec<bool>,
     pub processes: [Process; PROCESSES],
     pub redis: [Redis; KEYS],
+    /// Claims in the ledger, per key.
+    pub claims: [Option<Claim>; KEYS],
     /// The body of the committed row, per key.
     pub ledger: [Option<u8>; KEYS],
-    /// Committed effects, per key and body.
+    /// Committed effects, per key and body; of keyed handlers no more than two
+    /// are counted.
     pub effects: [[u8; BODIES]; KEYS],
     /// Open transactions that no worker holds any more: the server ends them
     /// when it notices.
@@ -185,6 +224,8 @@ pub enum Move {
     Confirm(usize),
     /// A lease runs out, a key is evicted, Redis is flushed or fails over.
     Forget(usize),
+    /// A lease in the ledger runs out.
+    Lapse(usize),
     /// The server ends a transaction that nobody holds any more.
     Commit(usize),
     Abort(usize),
@@ -286,11 +327,16 @@ impl World {
     /// Drops the deliveries that are `gone`. Claims they have not given back
     /// stay until their lease runs out.
     pub fn dismiss(&mut self, process: usize, gone: impl Fn(&Job) -> bool) {
-        let redis = &mut self.redis;
+        let (redis, claims) = (&mut self.redis, &mut self.claims);
         self.processes[process].jobs.retain(|job| {
             let own = Redis::Claim(Some(job.token));
             for entry in redis.iter_mut().filter(|entry| gone(job) && **entry == own) {
                 *entry = Redis::Claim(None);
+            }
+            for claim in claims.iter_mut().flatten() {
+                if gone(job) && claim.owner == Some(job.token) {
+                    claim.owner = None;
+                }
             }
             !gone(job)
         });
@@ -312,7 +358,27 @@ impl World {
             todo: &[],
             transaction: None,
             doubt: false,
+            calling: false,
+            claimed: false,
+            lapsed: false,
         });
+    }
+
+    /// The owner of the claim on `key`, if it lives.
+    pub fn owner_of(&mut self, key: usize) -> Option<&mut Job> {
+        let owner = self.claims[key]?.owner?;
+        let jobs = self.processes.iter_mut().flat_map(|p| &mut p.jobs);
+        jobs.into_iter().find(|job| job.token == owner)
+    }
+
+    pub fn lapse(&mut self, key: usize) {
+        if let Some(job) = self.owner_of(key) {
+            job.lapsed = true;
+            self.faults.lapses -= 1;
+        }
+        if let Some(claim) = &mut self.claims[key] {
+            claim.lapsed = true;
+        }
     }
 
     /// The process dies with all it knows.

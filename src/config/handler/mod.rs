@@ -2,6 +2,7 @@
 
 mod command;
 mod http;
+mod rust;
 mod sql;
 
 use super::checked::{Effect, Handler};
@@ -24,7 +25,7 @@ struct Type {
 }
 
 /// The types there are.
-static TYPES: [Type; 3] = [
+static TYPES: [Type; 4] = [
     Type {
         name: "sql",
         keys: sql::KEYS,
@@ -54,6 +55,17 @@ static TYPES: [Type; 3] = [
             fit: Fit::Beginning,
         },
         read: |section| Some(Handler::Http(Box::new(http::handler(section)?))),
+    },
+    Type {
+        name: "rust",
+        keys: rust::KEYS,
+        // Those of the database: what the program says itself has no code.
+        codes: Codes {
+            example: "[\"23505\", \"P0\"]",
+            check: check_sqlstate,
+            fit: Fit::Beginning,
+        },
+        read: |section| Some(Handler::Rust(rust::handler(section))),
     },
 ];
 

@@ -6,6 +6,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::fates::Fates;
+use super::force::Forgot;
 use super::{Action, Cut, Event, Hindrance, Line, Order, Report};
 use crate::broker::desk::Ticket;
 use crate::broker::publisher::{Fate, Limits, PublishError, Publisher, Seq};
@@ -83,6 +84,8 @@ pub(super) struct Engine<'a> {
     exchanges: HashMap<String, bool>,
     /// Letters of the frozen depth that were not read yet.
     unread: u64,
+    /// A letter was read for the first time since the queue was opened anew.
+    fresh: bool,
     /// Letters that were read and are still in the queue, by what is alike in
     /// them, with how many are; and those of them that come once more, since
     /// the queue was opened anew.
@@ -141,6 +144,7 @@ pub fn run<'a>(
         out: HashMap::new(),
         exchanges: HashMap::new(),
         unread: report.depth,
+        fresh: false,
         held: HashMap::new(),
         again: HashMap::new(),
         likeness: RandomState::new(),
@@ -213,7 +217,8 @@ impl<'a> Engine<'a> {
             if self.unread == 0 {
                 return Ok(false);
             }
-            if self.desk()?.held_for() > self.order.hold {
+            // Without a new letter since the last time it would go round.
+            if self.fresh && self.desk()?.held_for() > self.order.hold {
                 self.open_anew()?;
             }
             let stop = self.stop;
@@ -244,6 +249,7 @@ impl<'a> Engine<'a> {
             return false;
         }
         self.unread -= 1;
+        self.fresh = true;
         true
     }
 
@@ -259,6 +265,7 @@ impl<'a> Engine<'a> {
         let despite = self.order.despite_limit;
         self.desk = Some(desk.open_anew(self.config, PURPOSE, despite)?);
         self.again = std::mem::take(&mut self.held);
+        self.fresh = false;
         Ok(())
     }
 
@@ -305,11 +312,15 @@ impl<'a> Engine<'a> {
                 self.leave(&judged);
                 Ok(())
             }
-            Way::Acknowledge => self.acknowledge(&letter, ticket, &judged),
+            Way::Acknowledge => self.acknowledge(&letter, ticket, &judged, "it was applied before"),
             Way::Publish => self.publish(letter, ticket, judged),
             Way::Forget => match self.forget(&letter, &judged)? {
-                true => self.publish(letter, ticket, judged),
-                false => Ok(()),
+                Forgot::Yes => self.publish(letter, ticket, judged),
+                Forgot::AtWork => Ok(()),
+                Forgot::AppliedSince => {
+                    let why = "it was forced before, and applied since";
+                    self.acknowledge(&letter, ticket, &judged, why)
+                }
             },
         }
     }
@@ -319,11 +330,16 @@ impl<'a> Engine<'a> {
         self.line(judged, Action::Left, None, judged.verdict.why.clone());
     }
 
-    fn acknowledge(&mut self, letter: &Letter, ticket: Ticket, judged: &Judged) -> Result<(), Cut> {
+    fn acknowledge(
+        &mut self,
+        letter: &Letter,
+        ticket: Ticket,
+        judged: &Judged,
+        why: &str,
+    ) -> Result<(), Cut> {
         self.ack(ticket, self.likeness_of(letter))?;
         self.report.acknowledged += 1;
-        let why = "it was applied before".to_owned();
-        self.line(judged, Action::Acknowledged, None, why);
+        self.line(judged, Action::Acknowledged, None, why.to_owned());
         Ok(())
     }
 

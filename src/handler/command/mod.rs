@@ -5,9 +5,9 @@
 //! values of variables whose names are fixed. A program runs in a process
 //! group of its own, which is ended as a whole.
 //!
-//! With [`CommandMode::Once`] there is a process for each message ([`once`]),
-//! with [`CommandMode::Stream`] one for each worker, which is handed one line
-//! of JSON for each message and answers with one ([`stream`], [`line`]).
+//! With [`CommandMode::Once`] there is a process for each message, with
+//! [`CommandMode::Stream`] one for each worker, which is handed one line of JSON
+//! for each message and answers with one. `docs/handlers.md` is the contract.
 
 mod group;
 mod line;

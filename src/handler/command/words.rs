@@ -57,7 +57,8 @@ impl Tail {
                 if self.cut || skip > 0 {
                     text.push('…');
                 }
-                text.extend(rest.chars().skip(skip));
+                let kept: String = rest.chars().skip(skip).collect();
+                text.push_str(kept.trim_start());
                 text
             }
         }
