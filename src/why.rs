@@ -6,7 +6,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use crate::config::format_duration;
-use crate::ledger::story::{ATTEMPTS_MAX, Applied, Attempt, Claim, Mark, Moment, Story};
+use crate::ledger::story::{ATTEMPTS_MAX, Applied, Attempt, Claim, Deed, Mark, Moment, Story};
 
 /// Longest error in a line of the timeline, in characters.
 const ERROR_MAX: usize = 160;
@@ -47,6 +47,8 @@ enum End<'a> {
     Due { since: Option<&'a str> },
     /// Marked and not yet at an end.
     InWork { since: &'a str, deaths: i32 },
+    /// Taken out of the dead-letter queue for good.
+    Dropped { at: &'a str, operator: &'a str },
     /// A daemon's keyed handler is at it, or was when the daemon ended.
     Claimed {
         since: &'a str,
@@ -69,6 +71,14 @@ enum Event<'a> {
     Marked {
         at: &'a str,
         deaths: i32,
+    },
+    /// An operator did something to the dead letter.
+    Desk {
+        at: &'a str,
+        action: &'a str,
+        operator: &'a str,
+        because: Option<&'a str>,
+        fingerprint: &'a str,
     },
     /// A daemon took it for its keyed handler.
     Claimed {
@@ -107,7 +117,12 @@ impl<'a> Answer<'a> {
         let failed = story.attempts.iter().map(|row| row.consumer.as_str());
         let marked = story.marks.iter().map(|row| row.consumer.as_str());
         let claimed = story.claims.iter().map(|row| row.consumer.as_str());
-        let names = applied.chain(failed).chain(marked).chain(claimed);
+        let handled = story.deeds.iter().map(|row| row.consumer.as_str());
+        let names = applied
+            .chain(failed)
+            .chain(marked)
+            .chain(claimed)
+            .chain(handled);
         let mut names: Vec<&str> = names.collect();
         names.sort_unstable();
         names.dedup();
@@ -201,11 +216,13 @@ fn chapter<'a>(consumer: &'a str, story: &'a Story) -> Option<Chapter<'a>> {
         };
         (&row.at, event)
     }));
+    let mut deeds = story.deeds.iter().filter(|row| row.consumer == consumer);
+    events.extend(deeds.clone().map(|row| (&row.at, deed(row))));
     // The sort is stable: journal rows of one moment stay as written.
     events.sort_by_key(|(at, _)| at.microseconds);
     Some(Chapter {
         consumer,
-        end: end(applied, &attempts, mark, claim)?,
+        end: end(applied, &attempts, mark, claim, deeds.next_back())?,
         events: events.into_iter().map(|(_, event)| event).collect(),
     })
 }
@@ -255,6 +272,7 @@ fn end<'a>(
     attempts: &[&'a Attempt],
     mark: Option<&'a Mark>,
     claim: Option<&'a Claim>,
+    deed: Option<&'a Deed>,
 ) -> Option<End<'a>> {
     let last = attempts.last();
     if let Some(row) = applied {
@@ -271,6 +289,22 @@ fn end<'a>(
             until: &row.until.text,
             over: row.over,
             host: &row.holder,
+        });
+    }
+    if let Some(deed) = deed.filter(|deed| is_last(deed, last.copied(), mark)) {
+        let at = &deed.at.text;
+        return Some(match deed.action.as_str() {
+            "drop" => End::Dropped {
+                at,
+                operator: &deed.operator,
+            },
+            "import" => End::DeadLettered {
+                at,
+                reason: last
+                    .and_then(|row| row.reason.as_deref())
+                    .unwrap_or("imported"),
+            },
+            _ => End::Due { since: Some(at) },
         });
     }
     match (last, mark) {
@@ -293,6 +327,23 @@ fn end<'a>(
     }
 }
 
+/// Whether nothing else is known since, of this letter or of another with its
+/// id.
+fn is_last(deed: &Deed, last: Option<&Attempt>, mark: Option<&Mark>) -> bool {
+    last.is_none_or(|row| row.at <= deed.at && row.fingerprint == deed.fingerprint)
+        && mark.is_none_or(|row| row.at <= deed.at)
+}
+
+fn deed(row: &Deed) -> Event<'_> {
+    Event::Desk {
+        at: &row.at.text,
+        action: &row.action,
+        operator: &row.operator,
+        because: row.because.as_deref(),
+        fingerprint: &row.fingerprint,
+    }
+}
+
 impl End<'_> {
     fn line(&self) -> String {
         match self {
@@ -303,6 +354,9 @@ impl End<'_> {
             Self::Applied { at, conflict: true } => format!(
                 "applied at {at}; another message with this id and another body was dead-lettered"
             ),
+            Self::Dropped { at, operator } => {
+                format!("dropped at {at} by {}", printable(operator))
+            }
             Self::DeadLettered { at, reason } => {
                 format!("dead-lettered at {at}: {}", printable(reason))
             }
@@ -347,6 +401,21 @@ impl Event<'_> {
         match self {
             Self::Failed(failed) => failed.line(),
             Self::Applied { at, .. } => format!("{at}  applied"),
+            Self::Desk {
+                at,
+                action,
+                operator,
+                because,
+                ..
+            } => {
+                let because =
+                    because.map_or_else(String::new, |why| format!(": {}", printable(why)));
+                format!(
+                    "{at}  {} by {}{because}",
+                    printable(action),
+                    printable(operator)
+                )
+            }
             Self::Marked { at, deaths } => format!(
                 "{at}  came back unsettled and was marked; it died with its worker {deaths} \
                  time(s) before"

@@ -63,7 +63,7 @@ fn every_answer_leads_where_the_table_says() {
     let why = || "no such order\n\u{1b}[31m".to_owned();
     let receiver = scripted(&[
         ("drop", &[Answer::Drop]),
-        ("half", &[Answer::DropMidAnswer]),
+        ("half", &[Answer::Half]),
         ("garbage", &[Answer::Raw(b"SSH-2.0\r\n\r\n")]),
         ("silence", &[Answer::Silence]),
         (

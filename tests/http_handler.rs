@@ -335,7 +335,7 @@ fn a_receiver_can_ask_to_be_left_alone() {
 fn an_answer_that_is_not_whole_is_none() {
     for (answer, code) in [
         (Answer::Drop, "broken"),
-        (Answer::DropMidAnswer, "broken"),
+        (Answer::Half, "broken"),
         (Answer::Raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), "broken"),
         (Answer::Raw(b"HTTP/1.1 200"), "broken"),
         (Answer::Raw(b"\0\0\0"), "broken"),

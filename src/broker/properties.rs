@@ -482,3 +482,97 @@ fn amqp(value: &Field) -> AmqpValue {
         Field::Table(fields) => AmqpValue::FieldTable(table(fields)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn field() -> impl Strategy<Value = Field> {
+        let leaf = prop_oneof![
+            Just(Field::Void),
+            any::<bool>().prop_map(Field::Bool),
+            any::<i8>().prop_map(Field::Int8),
+            any::<u8>().prop_map(Field::Uint8),
+            any::<i16>().prop_map(Field::Int16),
+            any::<u16>().prop_map(Field::Uint16),
+            any::<i32>().prop_map(Field::Int32),
+            any::<u32>().prop_map(Field::Uint32),
+            any::<i64>().prop_map(Field::Int64),
+            any::<f32>().prop_map(Field::Float),
+            any::<f64>().prop_map(Field::Double),
+            Just(Field::Double(f64::NEG_INFINITY)),
+            any::<(u8, u32)>().prop_map(|(scale, value)| Field::Decimal { scale, value }),
+            any::<String>().prop_map(Field::Text),
+            any::<Vec<u8>>().prop_map(Field::Bytes),
+            any::<u64>().prop_map(Field::Timestamp),
+        ];
+        leaf.prop_recursive(4, 24, 4, |inner| {
+            let name = prop_oneof![Just("amqp".to_owned()), Just("value".to_owned()), ".{0,4}"];
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Field::List),
+                prop::collection::btree_map(name, inner, 0..4).prop_map(Field::Table),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_as_json_reads_back_as_it_was(field in field()) {
+            let text = field.to_json().to_string();
+            let value: Value = serde_json::from_str(&text).unwrap();
+            prop_assert_eq!(Field::from_json("n", &value), Ok(field));
+        }
+
+        #[test]
+        fn what_goes_through_amqp_comes_back_as_it_was(
+            headers in prop::collection::btree_map(".{0,8}", field(), 0..4),
+            message_id: Option<String>,
+            timestamp: Option<u64>,
+            priority: Option<u8>,
+        ) {
+            let properties = Properties {
+                headers: Some(headers),
+                user_id: message_id.clone(),
+                type_: message_id.clone(),
+                message_id,
+                timestamp,
+                priority,
+                ..Properties::default()
+            };
+            prop_assert_eq!(&Properties::from_amqp(&properties.to_amqp()), &properties);
+            let text = properties.to_json().to_string();
+            let value: Value = serde_json::from_str(&text).unwrap();
+            prop_assert_eq!(Properties::from_json(&value), Ok(properties));
+        }
+
+        #[test]
+        fn no_json_at_all_makes_reading_it_panic(text in "[\\[\\]{}:,\"a-e0-9 .]{0,60}") {
+            if let Ok(value) = serde_json::from_str::<Value>(&text) {
+                Properties::from_json(&value).ok();
+                Field::from_json("n", &value).ok();
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_broker_would_act_on_is_moved_aside() {
+        let list = Field::List(vec![Field::Text("elsewhere".to_owned())]);
+        let mut properties = Properties {
+            user_id: Some("alice".to_owned()),
+            ..Properties::default()
+        };
+        properties.set_header("CC", list.clone());
+        let moved = properties.clone().moved_aside("bob");
+        assert_eq!(moved.user_id, None);
+        assert_eq!(moved.header("CC"), None);
+        assert_eq!(moved.header(CC_HEADER), Some(&list));
+        let user = Field::Text("alice".to_owned());
+        assert_eq!(moved.header(USER_ID_HEADER), Some(&user));
+        assert_eq!(
+            properties.moved_aside("alice").user_id.as_deref(),
+            Some("alice")
+        );
+    }
+}

@@ -22,6 +22,9 @@ pub struct Story {
     pub marks: Vec<Mark>,
     /// Who is at it: one a consumer, of those with a keyed handler.
     pub claims: Vec<Claim>,
+    /// What operators did to its dead letters, the newest [`ATTEMPTS_MAX`] in
+    /// the order in which it was written down.
+    pub deeds: Vec<Deed>,
 }
 
 /// A moment by the server's clock.
@@ -111,6 +114,23 @@ pub struct Claim {
     pub fingerprint: String,
 }
 
+/// What an operator was about to do to a dead letter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Deed {
+    /// The consumer's name.
+    pub consumer: String,
+    /// When it was written down.
+    pub at: Moment,
+    /// SHA-256 of the letter's body, in hex.
+    pub fingerprint: String,
+    /// `drop`, `import`, `replay` or `force-reprocess`.
+    pub action: String,
+    /// Who.
+    pub operator: String,
+    /// Why.
+    pub because: Option<String>,
+}
+
 /// Reads the story of `id`, with all consumers or with one, as it stands at
 /// one moment.
 ///
@@ -130,6 +150,7 @@ pub fn read(session: &mut Session, id: &MessageId, consumer: Option<&str>) -> Re
             cut,
             marks: marks(connection, id, consumer).await?,
             claims: claims(connection, id, consumer).await?,
+            deeds: deeds(connection, id, consumer).await?,
         })
     })?;
     session.execute("COMMIT")?;
@@ -270,6 +291,40 @@ async fn claims(
                 over: row.try_get(5)?,
                 holder: row.try_get(6)?,
                 fingerprint: row.try_get(7)?,
+            })
+        })
+        .collect()
+}
+
+async fn deeds(
+    connection: &mut PgConnection,
+    id: &MessageId,
+    consumer: Option<&str>,
+) -> Result<Vec<Deed>, sqlx::Error> {
+    let rows = sqlx::query(
+        "SELECT name, (extract(epoch FROM acted_at) * 1000000)::int8, \
+         to_char(acted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         encode(fingerprint, 'hex'), action, operator, because \
+         FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.desk_letter \
+         WHERE consumer_id = consumer.id AND message_id = $1) AS row \
+         JOIN ackonce.desk_action ON desk_action.id = row.action_id \
+         WHERE $2 IS NULL OR name = $2 ORDER BY acted_at DESC, action_id DESC LIMIT $3",
+    )
+    .bind(id.as_str())
+    .bind(consumer)
+    .bind(i64::try_from(ATTEMPTS_MAX).unwrap_or(i64::MAX))
+    .fetch_all(connection)
+    .await?;
+    let newest_first = rows.iter().rev();
+    newest_first
+        .map(|row| {
+            Ok(Deed {
+                consumer: row.try_get(0)?,
+                at: moment(row, 1)?,
+                fingerprint: row.try_get(3)?,
+                action: row.try_get(4)?,
+                operator: row.try_get(5)?,
+                because: row.try_get(6)?,
             })
         })
         .collect()
