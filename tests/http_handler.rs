@@ -243,7 +243,7 @@ fn every_status_has_the_class_of_the_table() {
         (403, Some(Class::Systemic)),
         (404, Some(Class::Permanent)),
         (408, Some(Class::Transient)),
-        (409, Some(Class::Permanent)),
+        (409, Some(Class::Transient)),
         (422, Some(Class::Permanent)),
         (425, Some(Class::Transient)),
         (429, Some(Class::Transient)),
