@@ -216,13 +216,13 @@ fn chapter<'a>(consumer: &'a str, story: &'a Story) -> Option<Chapter<'a>> {
         };
         (&row.at, event)
     }));
-    let deeds = story.deeds.iter().filter(|row| row.consumer == consumer);
+    let mut deeds = story.deeds.iter().filter(|row| row.consumer == consumer);
     events.extend(deeds.clone().map(|row| (&row.at, deed(row))));
     // The sort is stable: journal rows of one moment stay as written.
     events.sort_by_key(|(at, _)| at.microseconds);
     Some(Chapter {
         consumer,
-        end: end(applied, &attempts, mark, claim, deeds.last())?,
+        end: end(applied, &attempts, mark, claim, deeds.next_back())?,
         events: events.into_iter().map(|(_, event)| event).collect(),
     })
 }
