@@ -63,7 +63,7 @@ fn every_answer_leads_where_the_table_says() {
     let why = || "no such order\n\u{1b}[31m".to_owned();
     let receiver = scripted(&[
         ("drop", &[Answer::Drop]),
-        ("half", &[Answer::DropMidAnswer]),
+        ("half", &[Answer::Half]),
         ("garbage", &[Answer::Raw(b"SSH-2.0\r\n\r\n")]),
         ("silence", &[Answer::Silence]),
         (
@@ -225,19 +225,19 @@ fn a_receiver_that_refuses_us_pauses_the_consumer_and_costs_no_attempt() {
 #[test]
 fn a_class_of_the_configuration_comes_before_the_table() {
     let receiver = scripted(&[
-        ("409", &[Answer::status(409)]),
+        ("422", &[Answer::status(422)]),
         ("500", &[Answer::status(500)]),
     ]);
     let world = World::new();
     let consumer = orders(&receiver)
-        .failures("transient", &["409"])
+        .failures("transient", &["422"])
         .failures("permanent", &["5"]);
     let config = world.config().consumer(consumer);
     world.prepare(&config);
-    world.broker.send(ORDERS, ["409", "500"].map(Msg::new));
+    world.broker.send(ORDERS, ["422", "500"].map(Msg::new));
     let daemon = world.run(&config);
     let dead = world.broker.wait_for_dead(ORDERS_DEAD, 1);
-    eventually("409 is applied", || applied_ids(&receiver).contains("409"));
+    eventually("422 is applied", || applied_ids(&receiver).contains("422"));
     daemon.stop();
     assert_eq!(dead[0].id(), Some("500"));
 }

@@ -243,7 +243,7 @@ fn every_status_has_the_class_of_the_table() {
         (403, Some(Class::Systemic)),
         (404, Some(Class::Permanent)),
         (408, Some(Class::Transient)),
-        (409, Some(Class::Permanent)),
+        (409, Some(Class::Transient)),
         (422, Some(Class::Permanent)),
         (425, Some(Class::Transient)),
         (429, Some(Class::Transient)),
@@ -335,7 +335,7 @@ fn a_receiver_can_ask_to_be_left_alone() {
 fn an_answer_that_is_not_whole_is_none() {
     for (answer, code) in [
         (Answer::Drop, "broken"),
-        (Answer::DropMidAnswer, "broken"),
+        (Answer::Half, "broken"),
         (Answer::Raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), "broken"),
         (Answer::Raw(b"HTTP/1.1 200"), "broken"),
         (Answer::Raw(b"\0\0\0"), "broken"),

@@ -328,6 +328,14 @@ fn a_queue_that_was_deleted_is_made_again_and_dead_letters_have_somewhere_to_go_
     let bad = |id: &str| Msg::new(id).json(&serde_json::json!({ "amount": "no number" }));
     world.broker.send(ORDERS, [bad("bad-1")]);
     daemon.wait_for_log(&["copies of messages wait"]);
+    // A quorum queue that is just being made breaks the connection of whoever
+    // gets from it, so the statistics are asked first.
+    eventually("the dead letter is in its queue", || {
+        let path = format!("/api/queues/{}/{ORDERS_DEAD}", world.name());
+        let queue = world.management.download(&path).unwrap_or_default();
+        let queue: serde_json::Value = serde_json::from_slice(&queue).unwrap_or_default();
+        queue["messages"].as_u64() == Some(1)
+    });
     assert_eq!(
         world.broker.wait_for_dead(ORDERS_DEAD, 1)[0].id(),
         Some("bad-1")

@@ -7,6 +7,7 @@ mod consumers;
 mod database;
 mod drain;
 mod growth;
+mod http;
 mod latency;
 mod memory;
 mod messages;
@@ -72,6 +73,7 @@ enum Part {
     Memory,
     Pruning,
     Poison,
+    Http,
 }
 
 /// How much is measured.
@@ -160,6 +162,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
             Part::Memory => memory::run(stage, &plan, report),
             Part::Pruning => growth::pruning(stage, &plan, report),
             Part::Poison => poison::run(stage, &plan, report),
+            Part::Http => http::run(stage, &plan, report),
         };
         // What the others measured is worth having all the same.
         if let Err(error) = result {

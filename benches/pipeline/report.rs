@@ -95,6 +95,12 @@ impl Report {
                 &format!("latency/{queue}/reference/1000/p99"),
             )
         };
+        let wrk = |receiver: &str, at_a_time: u32| {
+            self.ratio(
+                &format!("http/{receiver}/daemon-{at_a_time}w"),
+                &format!("http/{receiver}/wrk-{at_a_time}c"),
+            )
+        };
         vec![
             at_least(
                 "of the ceiling, classic",
@@ -136,6 +142,10 @@ impl Report {
                 64.0,
             ),
             at_most("MiB idle", self.median("memory/idle"), 20.0),
+            at_least("of wrk's requests, 16 at a time", wrk("at-once", 16), 0.5),
+            at_least("of wrk's requests, 64 at a time", wrk("at-once", 64), 0.5),
+            at_least("… of 5 ms each, 16 at a time", wrk("5ms", 16), 0.5),
+            at_least("… of 5 ms each, 64 at a time", wrk("5ms", 64), 0.5),
         ]
     }
 

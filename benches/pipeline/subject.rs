@@ -42,20 +42,22 @@ pub enum Kind {
     Reference { fused: bool },
     /// `ackonce run`.
     Daemon { workers: usize },
+    /// The same with a handler that works outside the database.
+    Caller { workers: usize },
 }
 
 impl Kind {
     /// Consumers that it has on its queue.
     pub fn consumers(&self) -> u32 {
         match self {
-            Self::Bare { .. } | Self::Daemon { .. } => 1,
+            Self::Bare { .. } | Self::Daemon { .. } | Self::Caller { .. } => 1,
             Self::Reference { .. } => u32::from(REFERENCE_THREADS),
         }
     }
 
     /// Whether it writes to the effect table.
     pub fn has_effects(&self) -> bool {
-        !matches!(self, Self::Bare { .. })
+        !matches!(self, Self::Bare { .. } | Self::Caller { .. })
     }
 }
 
@@ -67,6 +69,7 @@ impl fmt::Display for Kind {
             Self::Reference { fused: false } => f.write_str("reference"),
             Self::Reference { fused: true } => f.write_str("reference-fused"),
             Self::Daemon { workers } => write!(f, "daemon-{workers}w"),
+            Self::Caller { workers } => write!(f, "caller-{workers}w"),
         }
     }
 }
@@ -99,7 +102,7 @@ pub struct Subject {
 impl Subject {
     pub fn spawn(kind: &Kind, settings: &Settings, folder: &Path) -> Result<Self> {
         let mut command = match kind {
-            Kind::Daemon { workers } => {
+            Kind::Daemon { workers } | Kind::Caller { workers } => {
                 let config = folder.join("config.toml");
                 std::fs::write(&config, configuration(settings, *workers)?)
                     .with_context(|| format!("failed to write {}", config.display()))?;
@@ -200,7 +203,7 @@ impl Subject {
     /// Has it settle what it holds and end.
     pub fn stop(mut self) -> Result<()> {
         drop(self.stdin.take());
-        if matches!(self.kind, Kind::Daemon { .. }) {
+        if matches!(self.kind, Kind::Daemon { .. } | Kind::Caller { .. }) {
             let pid = Pid::from_raw(i32::try_from(self.child.id())?);
             kill(pid, Signal::SIGTERM).with_context(|| format!("failed to stop {}", self.kind))?;
         }

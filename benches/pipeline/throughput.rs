@@ -64,6 +64,6 @@ pub fn run(stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
 fn count(plan: &Plan, kind: Kind) -> usize {
     match kind {
         Kind::Reference { .. } => plan.messages / REFERENCE_SHARE,
-        Kind::Bare { .. } | Kind::Daemon { .. } => plan.messages,
+        Kind::Bare { .. } | Kind::Daemon { .. } | Kind::Caller { .. } => plan.messages,
     }
 }

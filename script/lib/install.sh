@@ -22,7 +22,7 @@ python_with_pika() {
 }
 
 # missing_packages PURPOSE...: the Debian packages still to be installed, one
-# a line. A purpose is servers, build, tests or chroot.
+# a line. A purpose is servers, build, tests, bench or chroot.
 missing_packages() {
     local purpose
     for purpose in "$@"; do
@@ -43,6 +43,9 @@ missing_packages() {
                 have shellcheck || echo shellcheck
             # For daemons whose clock is off.
             have faketime || echo faketime
+                ;;
+            bench)
+                have wrk || echo wrk
                 ;;
             chroot)
                 have debootstrap || echo debootstrap

@@ -5,7 +5,7 @@
 //! call that is in time costs two uncontended locks and wakes nobody.
 //!
 //! Once the daemon is told to stop, a call is also ended when the broker has
-//! said nothing at all for [`SILENCE`]: a frozen one must not hold up the stop,
+//! said nothing at all for 600 ms: a frozen one must not hold up the stop,
 //! and a slow one that still sends is waited for.
 
 use std::io;

@@ -205,20 +205,23 @@ async fn claim(
 
 /// The claims among `$2` and `$3` that are still their owner's, locked in the
 /// order of their ids. One that is being renewed or taken over is waited for,
-/// and its owner compared again.
+/// and its owner compared again. The ids are named once more for the index:
+/// joined alone, it would be read from end to end.
 macro_rules! ours {
     () => {
         "WITH ours AS MATERIALIZED (SELECT claim.message_id FROM ackonce.claim \
          JOIN unnest($2::text[], $3::int8[]) AS held (message_id, owner) \
          ON claim.message_id = held.message_id AND claim.owner = held.owner \
-         WHERE claim.consumer_id = $1 ORDER BY claim.message_id FOR UPDATE OF claim) "
+         WHERE claim.consumer_id = $1 AND claim.message_id = ANY ($2) \
+         ORDER BY claim.message_id FOR UPDATE OF claim) "
     };
 }
 
 const COMPLETE: &str = concat!(
     ours!(),
     ", gone AS (DELETE FROM ackonce.claim USING ours WHERE claim.consumer_id = $1 \
-     AND claim.message_id = ours.message_id RETURNING claim.message_id, claim.fingerprint) \
+     AND claim.message_id = ANY ($2) AND claim.message_id = ours.message_id \
+     RETURNING claim.message_id, claim.fingerprint) \
      INSERT INTO ackonce.ledger (consumer_id, message_id, fingerprint) \
      SELECT $1, message_id, fingerprint FROM gone ORDER BY message_id \
      ON CONFLICT DO NOTHING RETURNING message_id"
@@ -227,13 +230,15 @@ const COMPLETE: &str = concat!(
 const SURRENDER: &str = concat!(
     ours!(),
     "DELETE FROM ackonce.claim USING ours WHERE claim.consumer_id = $1 \
-     AND claim.message_id = ours.message_id RETURNING claim.message_id"
+     AND claim.message_id = ANY ($2) AND claim.message_id = ours.message_id \
+     RETURNING claim.message_id"
 );
 
 const RENEW: &str = concat!(
     ours!(),
     "UPDATE ackonce.claim SET lease_until = clock_timestamp() + make_interval(secs => $4) \
-     FROM ours WHERE claim.consumer_id = $1 AND claim.message_id = ours.message_id \
+     FROM ours WHERE claim.consumer_id = $1 AND claim.message_id = ANY ($2) \
+     AND claim.message_id = ours.message_id \
      RETURNING claim.message_id"
 );
 

@@ -69,6 +69,42 @@ fn events() -> Vec<Event> {
     events
 }
 
+/// The legal steps that a keyed handler alone makes.
+fn legal_when_keyed() -> Vec<(State, Event, State)> {
+    use Class::{Permanent, Systemic, Transient};
+    use Event::*;
+    use State::*;
+    const ACK: State = Settled(Settlement::Ack);
+    const REQUEUE: State = Settled(Settlement::Requeue);
+    const CONFLICT: State = Journaling(DeadReason::IdConflict);
+    const REJECTED: State = Journaling(DeadReason::Rejected);
+    const USED_UP: State = Journaling(DeadReason::MaxAttempts);
+
+    vec![
+        (Recording, LeaseWon, Leased),
+        (Recording, LeaseHeld, Parked),
+        (Leased, Succeeded, Called),
+        (Leased, Failed(Permanent), REJECTED),
+        (Leased, Failed(Transient), Deferring),
+        (Leased, Exhausted, USED_UP),
+        (Leased, Failed(Systemic), Leased),
+        (Leased, LeaseLost, Recording),
+        (Leased, Stopping, REQUEUE),
+        (Called, Committed, ACK),
+        (Called, Found(Body::Same), ACK),
+        (Called, Found(Body::Other), CONFLICT),
+        (Called, CommitUnknown, Called),
+        (Called, Failed(Permanent), Called),
+        (Called, Failed(Transient), Called),
+        (Called, Failed(Systemic), Called),
+        (Called, LeaseLost, Recording),
+        (Called, Stopping, REQUEUE),
+        (REJECTED, LeaseLost, Recording),
+        (USED_UP, LeaseLost, Recording),
+        (Deferring, LeaseLost, Recording),
+    ]
+}
+
 /// Every legal step, as `(state, event)` to the next state.
 fn legal() -> Vec<(State, Event, State)> {
     use Class::{Permanent, Systemic, Transient};
@@ -128,31 +164,11 @@ fn legal() -> Vec<(State, Event, State)> {
         (InDoubt, Failed(Systemic), InDoubt),
         (InDoubt, BatchFailed, InDoubt),
         (InDoubt, Stopping, REQUEUE),
-        (Recording, LeaseWon, Leased),
-        (Recording, LeaseHeld, Parked),
-        (Leased, Succeeded, Called),
-        (Leased, Failed(Permanent), REJECTED),
-        (Leased, Failed(Transient), Deferring),
-        (Leased, Exhausted, USED_UP),
-        (Leased, Failed(Systemic), Leased),
-        (Leased, LeaseLost, Recording),
-        (Leased, Stopping, REQUEUE),
-        (Called, Committed, ACK),
-        (Called, Found(Body::Same), ACK),
-        (Called, Found(Body::Other), CONFLICT),
-        (Called, CommitUnknown, Called),
-        (Called, Failed(Permanent), Called),
-        (Called, Failed(Transient), Called),
-        (Called, Failed(Systemic), Called),
-        (Called, LeaseLost, Recording),
-        (Called, Stopping, REQUEUE),
-        (REJECTED, LeaseLost, Recording),
-        (USED_UP, LeaseLost, Recording),
-        (Deferring, LeaseLost, Recording),
         (Deferring, Journaled, Settled(Settlement::Retry)),
         (Deferring, JournalFailed, Deferring),
         (Deferring, Stopping, REQUEUE),
     ];
+    table.extend(legal_when_keyed());
     for reason in REASONS {
         table.extend([
             (Received, Unusable(reason), Journaling(reason)),

@@ -434,6 +434,10 @@ impl Foreman {
                 self.alone.push_back(item);
                 continue;
             }
+            if self.worker.shared.gate.is_closed() && self.out > 0 {
+                self.waiting.push_back(item);
+                continue;
+            }
             item.sent_at = self.worker.shared.gate.successes();
             let (alone, token) = (item.alone, item.token.clone());
             match self.crew.calls.try_send(Box::new(item)) {

@@ -52,7 +52,7 @@ pub enum Answer {
     /// Closes the connection when it has read the request, and says nothing.
     Drop,
     /// Closes the connection in the middle of a 200 with a body.
-    DropMidAnswer,
+    Half,
     /// Answers with 200, then closes the connection without having said so.
     CloseAfter,
     /// Sends these bytes and closes.
@@ -274,7 +274,7 @@ fn give(line: &mut BufReader<Box<dyn Line>>, answer: Answer) -> io::Result<bool>
             b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n".to_vec(),
             false,
         ),
-        Answer::DropMidAnswer => {
+        Answer::Half => {
             let half = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf";
             (half.to_vec(), false)
         }

@@ -1,13 +1,13 @@
 //! TLS: whom the handler trusts, and what it says when it does not.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use ackonce::failure::Class;
 
 use crate::Rig;
 use crate::common::{Authority, Receiver};
 
-fn rig(receiver: &Receiver, host: &str, ca_file: &PathBuf) -> Rig {
+fn rig(receiver: &Receiver, host: &str, ca_file: &Path) -> Rig {
     let url = receiver.url().replace("127.0.0.1", host);
     Rig::new(&url, &format!("ca_file = '{}'", ca_file.display()))
 }
