@@ -112,6 +112,18 @@ impl Management {
             .collect()
     }
 
+    /// Name of the connection in `vhost` that says to be for `purpose`, once
+    /// the API knows of it.
+    pub fn connection_of(&self, vhost: &str, purpose: &str) -> Option<String> {
+        let reply = self.get(&format!("/api/vhosts/{}/connections", encode(vhost)));
+        let connections = reply.as_array().expect("a list of connections");
+        let said = |connection: &&Value| {
+            let information = connection["client_properties"]["information"].as_str();
+            information.is_some_and(|text| text.contains(purpose))
+        };
+        Some(connections.iter().find(said)?["name"].as_str()?.to_owned())
+    }
+
     /// Closes the connection called `name`; false when it is gone already.
     pub fn close_connection(&self, name: &str) -> bool {
         let path = format!("/api/connections/{}", encode(name));
