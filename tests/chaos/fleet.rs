@@ -285,7 +285,7 @@ fn start(slot: &Slot, mutant: Option<&str>) -> Option<Running> {
         .args(["--pdeathsig", "KILL", "--", BINARY, "run", "--config"])
         .arg(&slot.config)
         .env("RUST_LOG", "info")
-        .env("RUST_BACKTRACE", "1")
+        .env("RUST_BACKTRACE", "0")
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
