@@ -248,6 +248,9 @@ fn the_ledgers_id_is_renewed_only_while_no_daemon_is_connected() {
     let world = World::new();
     let config = world.orders();
     let daemon = world.run(&config);
+    // A worker without a session reads the id when it has one.
+    world.broker.send(ORDERS, [Msg::new("m")]);
+    world.wait_for_effects(1);
     let before = world.db.ledger_id();
     let refused = ackonce(&world, &config, &["ledger", "renew-id"]);
     assert_status(&refused, 75);
