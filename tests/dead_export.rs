@@ -4,8 +4,9 @@
 
 mod common;
 
+use std::fs::OpenOptions;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use common::raw::{self, RawClient};
@@ -137,6 +138,59 @@ fn what_is_exported_and_imported_is_what_it_was() {
         for (after, before) in after.iter().zip(&before) {
             assert_eq!(after, before, "{kind}");
         }
+    }
+}
+
+#[test]
+fn an_export_that_cannot_be_written_is_none() {
+    let world = World::new();
+    let config = config(&world, "quorum");
+    world.prepare(&config);
+    let letter = |n: usize| Msg::new(&format!("id-{n}")).body("x".repeat(2_000));
+    world.broker.send(ORDERS_DEAD, (0..200).map(letter));
+    common::eventually("the letters", || world.broker.ready(ORDERS_DEAD) == 200);
+    let path = world.write("config.toml", &config.text());
+    let export = |to: Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ackonce"));
+        command.args(["dead", "export", ORDERS, "--config"]);
+        command.arg(&path).stdout(to).stderr(Stdio::piped());
+        said(&command.output().unwrap(), 71)
+    };
+    let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let (reader, closed) = std::io::pipe().unwrap();
+    drop(reader);
+    for (to, why) in [
+        (full.into(), "No space left"),
+        (closed.into(), "Broken pipe"),
+    ] {
+        let said = export(to);
+        assert!(
+            said.contains("failed to write to standard output"),
+            "{said}"
+        );
+        assert!(said.contains(why), "{said}");
+        assert!(!said.contains("exported"), "{said}");
+    }
+    assert_eq!(world.broker.ready(ORDERS_DEAD), 200);
+}
+
+#[test]
+fn the_desk_of_a_queue_is_one_whoever_consumes_into_it() {
+    let world = World::new();
+    let config = config(&world, "quorum");
+    world.prepare(&config);
+    let other = Consumer::new("others")
+        .set("topology.dead_letter_queue", ORDERS_DEAD)
+        .sql(RECORD_AMOUNT);
+    let other = world.config().consumer(other);
+    let mut holder = world.db.session();
+    holder.execute(&format!(
+        "select pg_advisory_lock({}, hashtext('{ORDERS_DEAD}'))",
+        i32::from_be_bytes(*b"ackd")
+    ));
+    for (config, name) in [(&config, ORDERS), (&other, "others")] {
+        let said = said(&desk(&world, config, &["list", name]), 75);
+        assert!(said.contains(&format!("in queue {ORDERS_DEAD}")), "{said}");
     }
 }
 

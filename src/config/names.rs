@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::checked::{Binding, ExchangeType, QueueType};
+use super::checked::{Binding, ExchangeType};
 use super::error::shown;
 use super::reader::{Field, Section};
 use super::source::Span;
@@ -19,19 +19,16 @@ pub(super) struct Names {
 enum Role {
     Work,
     Retry,
-    /// With the type that it is declared with, if it is.
-    DeadLetter(Option<QueueType>),
+    DeadLetter,
 }
 
 impl Names {
-    /// The work queue and the dead-letter queue of one consumer; the latter is
-    /// of `dead_letter_type`, unless it is made by others.
+    /// The work queue and the dead-letter queue of one consumer.
     pub(super) fn enter_queues(
         &mut self,
         section: &Section<'_>,
         queue: &Field<String>,
         dead: &Field<String>,
-        dead_letter_type: Option<QueueType>,
     ) {
         if queue.value == dead.value {
             section.reader.report(
@@ -45,8 +42,7 @@ impl Names {
             return;
         }
         self.enter_queue(section, &queue.value, queue.span, Role::Work);
-        let role = Role::DeadLetter(dead_letter_type);
-        self.enter_queue(section, &dead.value, dead.span, role);
+        self.enter_queue(section, &dead.value, dead.span, Role::DeadLetter);
     }
 
     /// A queue where messages wait for their retry, of the consumer at `span`.
@@ -67,24 +63,18 @@ impl Names {
             ),
             // Their work queue is one and the same, and that is reported.
             (Role::Retry, Role::Retry) => return,
-            (Role::DeadLetter(a), Role::DeadLetter(b)) => {
-                if a.zip(b).is_none_or(|(a, b)| a == b) {
-                    let role = Role::DeadLetter(a.or(b));
-                    self.queues.insert(name.to_owned(), (role, *first));
-                    return;
-                }
-                (
-                    "a dead-letter queue of another queue_type on",
-                    "one queue has one type: use the same queue_type, or give each its own \
-                     dead_letter_queue",
-                )
-            }
-            (Role::Work, Role::DeadLetter(_)) | (Role::DeadLetter(_), Role::Work) => (
+            // What is done to a letter depends on whose it is.
+            (Role::DeadLetter, Role::DeadLetter) => (
+                "already the dead-letter queue of another consumer: see",
+                "it could not be told whose a dead letter is, and a replay of one consumer's \
+                 would take the other's: give each its own dead_letter_queue",
+            ),
+            (Role::Work, Role::DeadLetter) | (Role::DeadLetter, Role::Work) => (
                 "both a work queue and a dead-letter queue: see",
                 "a dead-letter queue is declared otherwise than a work queue: choose another name",
             ),
-            (Role::Retry, Role::Work | Role::DeadLetter(_))
-            | (Role::Work | Role::DeadLetter(_), Role::Retry) => (
+            (Role::Retry, Role::Work | Role::DeadLetter)
+            | (Role::Work | Role::DeadLetter, Role::Retry) => (
                 "also where messages wait for their retry: see",
                 "the queue's name and .retry. and a delay make the name of a retry queue: choose \
                  another name",
@@ -116,8 +106,8 @@ impl Names {
                         "exchange {} feeds another dead-letter queue on line {line}",
                         shown(&exchange.value)
                     ),
-                    "each dead letter would land in both queues: share the \
-                     `dead_letter_queue` too, or give each its own `dead_letter_exchange`",
+                    "each dead letter would land in both queues: give each its own \
+                     `dead_letter_exchange`",
                 );
             }
             _ => {

@@ -78,7 +78,7 @@ pub(super) fn topology(
     if let Some(retry) = retry {
         enter_retry_queues(&section, &queue, retry, names);
     }
-    names.enter_queues(&section, &queue, &dead, is_ours.then_some(queue_type.value));
+    names.enter_queues(&section, &queue, &dead);
     if is_ours {
         names.enter_dead_letter_exchange(&section, &exchange, &dead);
         for (section, binding) in sections.iter().zip(&bindings) {

@@ -1,7 +1,7 @@
 //! Reading a consumer's dead-letter queue, each letter with what the journal
 //! knows of it, and giving it back as it was.
 //!
-//! One desk a consumer: what one holds, a second could not see, and it would
+//! One desk a queue: what one holds, a second could not see, and it would
 //! take the rest for all there is. An advisory lock in PostgreSQL holds that,
 //! and ends with the session that took it.
 
@@ -26,12 +26,12 @@ const SEAT_EVERY: Duration = Duration::from_millis(50);
 pub enum Trouble {
     /// Somebody else sits at it.
     #[error(
-        "somebody works on the dead letters of consumer {consumer}: {holder}\n  hint: what is in \
-         their hands cannot be seen; try again when they are done"
+        "somebody works on the dead letters in queue {queue}: {holder}\n  hint: what is in their \
+         hands cannot be seen; try again when they are done"
     )]
     Busy {
-        /// The consumer's name.
-        consumer: String,
+        /// The dead-letter queue.
+        queue: String,
         /// Who it is.
         holder: String,
     },
@@ -68,18 +68,17 @@ impl<'a> Desk<'a> {
         purpose: &str,
         despite_limit: bool,
     ) -> Result<Self, Trouble> {
-        let name = &consumer.name;
+        let queue = &consumer.topology.dead_letter_queue;
         let began = Instant::now();
-        while let Some(holder) = book::sit_down(&mut session, name)? {
+        while let Some(holder) = book::sit_down(&mut session, queue)? {
             // The server may not yet have seen that the last one left.
             if began.elapsed() > SEAT_WITHIN {
-                let consumer = name.clone();
-                return Err(Trouble::Busy { consumer, holder });
+                let queue = queue.clone();
+                return Err(Trouble::Busy { queue, holder });
             }
             std::thread::sleep(SEAT_EVERY);
         }
-        let queue = &consumer.topology.dead_letter_queue;
-        let purpose = format!("{name} {purpose}");
+        let purpose = format!("{} {purpose}", consumer.name);
         let queue = desk::Desk::open(&config.broker, queue, &purpose, despite_limit)?;
         Ok(Self {
             consumer,

@@ -10,6 +10,7 @@
 mod engine;
 mod fates;
 mod force;
+mod sending;
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -12,7 +12,8 @@ use crate::message::Fingerprint;
 use crate::postgres::{Error, Session};
 
 /// First half of the advisory lock of whoever sits at a desk, "ackd"; the
-/// second is the hash of the consumer's name. Held by the session, so that it
+/// second is the hash of the queue's name: consumers of two configurations may
+/// have one queue. Held by the session, so that it
 /// ends with its holder.
 const LOCK: i32 = i32::from_be_bytes(*b"ackd");
 
@@ -46,17 +47,17 @@ pub struct Verdict {
     pub routing_key: String,
 }
 
-/// Sits down at the desk of `consumer`, until the session ends. `None` when
-/// that worked, else who sits there.
+/// Sits down at the desk of the dead-letter queue `queue`, until the session
+/// ends. `None` when that worked, else who sits there.
 ///
 /// # Errors
 ///
 /// When the server cannot be asked.
-pub fn sit_down(session: &mut Session, consumer: &str) -> Result<Option<String>, Error> {
+pub fn sit_down(session: &mut Session, queue: &str) -> Result<Option<String>, Error> {
     session.run(async |connection| {
         let free: bool = sqlx::query_scalar("SELECT pg_try_advisory_lock($1, hashtext($2))")
             .bind(LOCK)
-            .bind(consumer)
+            .bind(queue)
             .fetch_one(&mut *connection)
             .await?;
         if free {
@@ -72,7 +73,7 @@ pub fn sit_down(session: &mut Session, consumer: &str) -> Result<Option<String>,
              AND objsubid = 2 AND granted LIMIT 1",
         )
         .bind(i64::from(LOCK))
-        .bind(consumer)
+        .bind(queue)
         .fetch_optional(connection)
         .await?
         .flatten();

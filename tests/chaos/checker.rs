@@ -27,8 +27,15 @@ const QUEUES: [&str; 3] = [QUEUE, RETRIES[0], RETRIES[1]];
 /// How long a quorum queue may take to hand the next dead letter on.
 const DEAD_WITHIN: Duration = Duration::from_secs(5);
 
+/// Reasons for which a message in order may be given up: what befell it. It has
+/// an id, a short body and sound headers, and its duplicates have its body.
+const BEFALLS_ANY: [&str; 2] = ["max-attempts", "crash-loop"];
+
 /// Ids shown of each sort of violation.
 const EXAMPLES: usize = 5;
+
+/// The name of what is lost.
+pub const LOST: &str = "lost";
 
 /// What must be nothing.
 #[derive(Debug, Default)]
@@ -45,7 +52,7 @@ pub struct Findings {
     pub poison_applied: Vec<String>,
     /// Dead-lettered without a reason in the failure journal.
     pub without_reason: Vec<String>,
-    /// Not poison, and dead-lettered as such.
+    /// Not poison, and dead-lettered for a reason that nothing here can give it.
     pub misjudged: Vec<String>,
     /// Queues that did not drain, with how much is in them.
     pub not_empty: Vec<String>,
@@ -57,7 +64,7 @@ impl Findings {
     /// Each with its name.
     pub fn each(&self) -> [(&'static str, &[String]); 9] {
         [
-            ("lost", &self.lost),
+            (LOST, &self.lost),
             ("doubled", &self.doubled),
             ("unexpected", &self.unexpected),
             ("orphans", &self.orphans),
@@ -67,6 +74,15 @@ impl Findings {
             ("queues not empty", &self.not_empty),
             ("daemons ended by themselves", &self.strange_ends),
         ]
+    }
+
+    /// Those of this name.
+    pub fn of(&self, name: &str) -> &[String] {
+        let each = self.each();
+        let found = each.iter().find(|(other, _)| *other == name);
+        found
+            .unwrap_or_else(|| panic!("nothing is found as {name:?}"))
+            .1
     }
 
     pub fn are_none(&self) -> bool {
@@ -94,6 +110,8 @@ pub struct Sums {
     pub ids: usize,
     pub attempted: u64,
     pub confirmed_ids: usize,
+    /// Lost, and not poison: nothing excuses it.
+    pub lost_in_order: usize,
     pub effects: usize,
     pub dead_ids: usize,
     /// In effect, and a copy of it dead-lettered too.
@@ -183,12 +201,14 @@ pub fn check(stage: &Stage<'_>, journal: &Journal, left: Vec<String>) -> (Findin
             findings.not_empty.push(queue.to_owned());
         }
     }
-    for (daemon, status) in stage.fleet.strange_ends() {
+    let killed = |daemon, pid| stage.link(daemon, Server::Postgres).has_killed(pid);
+    for (daemon, pid, status) in stage.fleet.strange_ends(killed) {
         findings
             .strange_ends
-            .push(format!("daemon {daemon}: {status}"));
+            .push(format!("daemon {daemon}, process {pid}: {status}"));
     }
     let known = |id: &String| entry_of(journal, id);
+    let poison = |id: &String| known(id).is_some_and(|entry| entry.nature == Nature::Poison);
     for (number, entry) in journal.iter().enumerate() {
         let id = id(number);
         if entry.confirmed > 0 && !effects.contains_key(&id) && !dead.contains_key(&id) {
@@ -198,9 +218,7 @@ pub fn check(stage: &Stage<'_>, journal: &Journal, left: Vec<String>) -> (Findin
     for (id, count) in &effects {
         match known(id) {
             None => findings.unexpected.push(id.clone()),
-            Some(entry) if entry.nature == Nature::Poison => {
-                findings.poison_applied.push(id.clone())
-            }
+            Some(_) if poison(id) => findings.poison_applied.push(id.clone()),
             Some(_) => {}
         }
         if *count > 1 {
@@ -216,22 +234,21 @@ pub fn check(stage: &Stage<'_>, journal: &Journal, left: Vec<String>) -> (Findin
         ids: journal.len(),
         attempted: journal.iter().map(|entry| u64::from(entry.attempted)).sum(),
         confirmed_ids: journal.iter().filter(|entry| entry.confirmed > 0).count(),
+        lost_in_order: findings.lost.iter().filter(|id| !poison(id)).count(),
         effects: effects.len(),
         dead_ids: dead.len(),
         both: dead.keys().filter(|id| effects.contains_key(*id)).count(),
         reasons: BTreeMap::new(),
     };
     for id in dead.keys() {
-        let entry = known(id);
-        if entry.is_none() {
+        if known(id).is_none() {
             findings.unexpected.push(id.clone());
         }
         match reasons.get(id.as_str()) {
             None => findings.without_reason.push(id.clone()),
             Some(reason) => {
                 *sums.reasons.entry((*reason).to_owned()).or_default() += 1;
-                let poison = entry.is_some_and(|entry| entry.nature == Nature::Poison);
-                if *reason == "rejected" && !poison {
+                if !poison(id) && !BEFALLS_ANY.contains(reason) {
                     findings.misjudged.push(id.clone());
                 }
             }

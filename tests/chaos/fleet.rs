@@ -1,5 +1,6 @@
 //! The daemons: started, started again when they end, and watched.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
@@ -49,7 +50,10 @@ struct Slot {
     /// Seconds that the next life's clock is off.
     clock: AtomicI64,
     lives: AtomicU64,
-    ends: Mutex<Vec<ExitStatus>>,
+    /// Each process that ended, and how.
+    ends: Mutex<Vec<(i32, ExitStatus)>>,
+    /// Each process that got a signal that ends it, and which.
+    sent: Mutex<BTreeSet<(i32, Signal)>>,
 }
 
 #[derive(Debug)]
@@ -78,6 +82,7 @@ impl Fleet {
             clock: AtomicI64::default(),
             lives: AtomicU64::default(),
             ends: Mutex::default(),
+            sent: Mutex::default(),
         };
         let shared = Arc::new(Shared {
             slots: configs.into_iter().map(slot).collect(),
@@ -117,6 +122,8 @@ impl Fleet {
         if kill(Pid::from_raw(pid), signal).is_err() {
             return false;
         }
+        let sent = &self.shared.slots[daemon].sent;
+        sent.lock().expect("the signals").insert((pid, signal));
         wait_until(STOP_WITHIN, || self.ends_of(daemon) > before)
             && self.last_end(daemon).is_some_and(|status| match signal {
                 Signal::SIGTERM => status.code() == Some(0),
@@ -136,18 +143,36 @@ impl Fleet {
 
     fn last_end(&self, daemon: usize) -> Option<ExitStatus> {
         let ends = &self.shared.slots[daemon].ends;
-        ends.lock().expect("the ends").last().copied()
+        ends.lock()
+            .expect("the ends")
+            .last()
+            .map(|(_, status)| *status)
     }
 
-    /// Every end that is neither a clean stop nor the nemesis's SIGKILL.
-    pub fn strange_ends(&self) -> Vec<(usize, ExitStatus)> {
+    /// Every end that was not asked for: neither status 0 of a process that got
+    /// SIGTERM, nor by SIGKILL of one that the nemesis killed, here or, says
+    /// `killed`, on the wires.
+    pub fn strange_ends(
+        &self,
+        killed: impl Fn(usize, i32) -> bool,
+    ) -> Vec<(usize, i32, ExitStatus)> {
         let mut strange = Vec::new();
         for (daemon, slot) in self.shared.slots.iter().enumerate() {
             let ends = slot.ends.lock().expect("the ends");
-            let usual =
-                |end: &ExitStatus| end.success() || end.signal() == Some(Signal::SIGKILL as i32);
-            let unusual = ends.iter().filter(|end| !usual(end));
-            strange.extend(unusual.map(|end| (daemon, *end)));
+            let sent = slot.sent.lock().expect("the signals");
+            for (pid, status) in ends.iter().copied() {
+                let got = |signal| sent.contains(&(pid, signal));
+                let asked_for = match status.signal() {
+                    None => status.success() && got(Signal::SIGTERM),
+                    Some(signal) => {
+                        signal == Signal::SIGKILL as i32
+                            && (got(Signal::SIGKILL) || killed(daemon, pid))
+                    }
+                };
+                if !asked_for {
+                    strange.push((daemon, pid, status));
+                }
+            }
         }
         strange
     }
@@ -235,8 +260,8 @@ fn supervise(shared: &Shared) {
                         let life = life.end(daemon);
                         shared.lives.lock().expect("the lives").push(life);
                         running[daemon] = None;
-                        slot.pid.store(0, SeqCst);
-                        slot.ends.lock().expect("the ends").push(status);
+                        let pid = slot.pid.swap(0, SeqCst);
+                        slot.ends.lock().expect("the ends").push((pid, status));
                     }
                 }
             }
@@ -260,7 +285,7 @@ fn start(slot: &Slot, mutant: Option<&str>) -> Option<Running> {
         .args(["--pdeathsig", "KILL", "--", BINARY, "run", "--config"])
         .arg(&slot.config)
         .env("RUST_LOG", "info")
-        .env("RUST_BACKTRACE", "1")
+        .env("RUST_BACKTRACE", "0")
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -2,7 +2,7 @@
 //! lossy, or cut at a chosen message in the middle of the protocol. It counts
 //! what really happened.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -36,7 +36,7 @@ pub struct Counters {
     pub commits: AtomicU64,
     /// Reads from the broker that hold a `basic.deliver`.
     pub deliveries: AtomicU64,
-    /// Reads from the server, of any kind.
+    /// Reads from the server that hold no error of Redis, such as `-LOADING`.
     pub replies: AtomicU64,
     /// Connections that a client opened and the server took.
     pub opened: AtomicU64,
@@ -56,6 +56,8 @@ struct State {
     swallows: AtomicBool,
     closing: AtomicBool,
     open: Mutex<BTreeMap<u64, [TcpStream; 2]>>,
+    /// Processes that a trap has killed.
+    killed: Mutex<BTreeSet<i32>>,
     counters: Counters,
 }
 
@@ -78,6 +80,7 @@ impl Link {
             swallows: AtomicBool::default(),
             closing: AtomicBool::default(),
             open: Mutex::default(),
+            killed: Mutex::default(),
             counters: Counters::default(),
         });
         let shared = Arc::clone(&state);
@@ -102,6 +105,12 @@ impl Link {
     /// Takes a trap away that has not struck.
     pub fn unset(&self) {
         *self.state.trap.lock().expect("the trap") = None;
+    }
+
+    /// Whether a trap has killed this process.
+    pub fn has_killed(&self, pid: i32) -> bool {
+        let killed = self.state.killed.lock().expect("the killed");
+        killed.contains(&pid)
     }
 
     /// Cuts every connection. How many there were.
@@ -279,7 +288,8 @@ fn replies(
         if client.write_all(bytes).is_err() {
             return;
         }
-        state.counters.replies.fetch_add(1, SeqCst);
+        let answered = u64::from(!has_redis_error(bytes));
+        state.counters.replies.fetch_add(answered, SeqCst);
         let delivered = u64::from(methods(bytes, DELIVER).next().is_some());
         state.counters.deliveries.fetch_add(delivered, SeqCst);
         state
@@ -294,6 +304,7 @@ fn replies(
 fn strike(pid: i32, state: &State) {
     std::thread::sleep(Duration::from_millis(10));
     if kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok() {
+        state.killed.lock().expect("the killed").insert(pid);
         state.struck();
     }
 }
@@ -304,6 +315,12 @@ fn strike(pid: i32, state: &State) {
 fn is_commit(kind: u8, bytes: &[u8]) -> bool {
     const LENGTH_AND_TEXT: &[u8] = b"\0\0\0\x0bCOMMIT\0";
     positions(bytes, kind).any(|at| bytes[at + 1..].starts_with(LENGTH_AND_TEXT))
+}
+
+/// Whether one of the replies of Redis in `bytes` is an error. No value of the
+/// daemon's has a line break in it that could look like one.
+fn has_redis_error(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"-") || bytes.windows(3).any(|three| three == b"\r\n-")
 }
 
 /// Class and method of AMQP's `basic.ack`.

@@ -21,6 +21,7 @@ mod servers;
 mod session;
 mod stage;
 
+use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
@@ -30,13 +31,20 @@ use plan::Plan;
 use publisher::{Order, Publishing};
 use report::Outcome;
 use servers::{Servers, wait_until};
-use stage::{QUEUE, Stage};
+use stage::{QUEUE, Stage, Tally};
 
 /// How often a line says how far it is.
 const SAY_EVERY: Duration = Duration::from_secs(10);
 
 /// A run has the machine to itself.
 static TURN: Mutex<()> = Mutex::new(());
+
+/// A run of all kinds that broke things for so long has to have seen some. It is
+/// far less than a machine with time of its own sees, for there are others.
+const LONG: Duration = Duration::from_secs(100);
+const KINDS_AT_LEAST: usize = 10;
+/// One of each.
+const WANTED: [&[Kind]; 2] = [&[Kind::CommitCut, Kind::CommitKill], &[Kind::AckCut]];
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -72,6 +80,36 @@ fn nothing_is_lost_and_nothing_doubled_whatever_breaks() {
     );
     assert!(outcome.sums.confirmed_ids > 0, "nothing was published");
     assert!(outcome.seen > 0, "nothing was broken");
+    if plan.kinds == Kind::ALL && outcome.broken_for >= LONG {
+        let missing = missing(&outcome.tally);
+        assert!(
+            missing.is_empty(),
+            "seed {}: too little was broken: {}; tried and seen: {:?}",
+            plan.seed,
+            missing.join(", "),
+            outcome.tally
+        );
+    }
+}
+
+/// What a long run with all kinds must have seen, and has not.
+fn missing(tally: &Tally) -> Vec<String> {
+    // A fault that has variants is counted as `kind, variant`.
+    let kind = |name: &&'static str| name.split_once(',').map_or(*name, |(kind, _)| kind);
+    let seen = tally.iter().filter(|(_, (_, seen))| *seen > 0);
+    let seen: BTreeSet<&str> = seen.map(|(name, _)| kind(name)).collect();
+    let mut missing = Vec::new();
+    if seen.len() < KINDS_AT_LEAST {
+        let count = seen.len();
+        missing.push(format!("{count} kinds of at least {KINDS_AT_LEAST}"));
+    }
+    for wanted in WANTED {
+        if !wanted.iter().any(|kind| seen.contains(kind.name())) {
+            let names: Vec<_> = wanted.iter().map(|kind| kind.name()).collect();
+            missing.push(format!("no {}", names.join(" and no ")));
+        }
+    }
+    missing
 }
 
 /// Breaks things for as long as the plan says, heals them, and compares.
@@ -121,6 +159,8 @@ fn run(servers: &Servers, plan: Plan, name: &str) -> Outcome {
     let report = report::write(&stage, &findings, &sums, &explained, length);
     Outcome {
         lasted: begun.elapsed(),
+        broken_for: length,
+        tally: stage.tally.lock().expect("the tally").clone(),
         seen: stage.seen(),
         findings,
         sums,
@@ -178,15 +218,24 @@ fn heal(stage: &Stage<'_>) {
     stage.publisher_link.heal();
 }
 
-/// Each rule that is broken, with the faults that show it.
-const MUTANTS: &[(&str, &[Kind])] = &[
-    ("held-claim", &[Kind::DaemonKill, Kind::CommitKill]),
-    ("without-ledger", &[Kind::CommitKill, Kind::Cut]),
-    ("early-ack", &[Kind::CommitKill]),
-    ("effect-outside", &[Kind::CommitKill, Kind::CommitCut]),
-    ("stale-ack", &[Kind::Flap]),
-    ("early-mark", &[Kind::CommitKill]),
-    ("trusted-commit", &[Kind::CommitCut]),
+/// Each rule that is broken, with the faults that show it and what it has to be
+/// found as.
+const MUTANTS: &[(&str, &[Kind], &str)] = &[
+    (
+        "held-claim",
+        &[Kind::DaemonKill, Kind::CommitKill],
+        checker::LOST,
+    ),
+    ("without-ledger", &[Kind::CommitKill, Kind::Cut], "doubled"),
+    ("early-ack", &[Kind::CommitKill], checker::LOST),
+    (
+        "effect-outside",
+        &[Kind::CommitKill, Kind::CommitCut],
+        "orphans",
+    ),
+    ("stale-ack", &[Kind::Flap], checker::LOST),
+    ("early-mark", &[Kind::CommitKill], checker::LOST),
+    ("trusted-commit", &[Kind::CommitCut], checker::LOST),
 ];
 
 /// How long a run goes on that has to find a mutant, and how many there are
@@ -199,17 +248,17 @@ fn each_rule_that_is_broken_is_found() {
     let _turn = TURN.lock();
     let chosen = std::env::var("ACKONCE_CHAOS_MUTANT").unwrap_or_default();
     let servers = servers(&[]);
-    for (mutant, kinds) in MUTANTS {
+    for (mutant, kinds, found_as) in MUTANTS {
         if chosen.is_empty() || chosen == *mutant {
             assert!(
-                is_found(&servers, mutant, kinds),
-                "{mutant}: nobody noticed"
+                is_found(&servers, mutant, kinds, found_as),
+                "{mutant}: not found as {found_as}"
             );
         }
     }
 }
 
-fn is_found(servers: &Servers, mutant: &str, kinds: &[Kind]) -> bool {
+fn is_found(servers: &Servers, mutant: &str, kinds: &[Kind], found_as: &str) -> bool {
     (0..MUTANT_RUNS).any(|turn| {
         let common = Plan::from_environment();
         let plan = Plan {
@@ -228,7 +277,14 @@ fn is_found(servers: &Servers, mutant: &str, kinds: &[Kind]) -> bool {
             "{mutant}, {} faults, {seconds} s:\n{}",
             outcome.seen, outcome.findings
         );
-        // Not empty, and not all is known yet.
-        !outcome.findings.are_none() && outcome.findings.not_empty.is_empty()
+        let findings = &outcome.findings;
+        // Poison never has an effect: it cannot show that one was lost.
+        let found = match found_as {
+            checker::LOST => outcome.sums.lost_in_order > 0,
+            name => !findings.of(name).is_empty(),
+        };
+        // Not empty, and not all is known yet; a daemon that ended by itself is
+        // another defect than the one that is looked for.
+        found && findings.not_empty.is_empty() && findings.strange_ends.is_empty()
     })
 }

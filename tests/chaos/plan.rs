@@ -47,7 +47,7 @@ impl Plan {
             // Nothing but cuts: as fast as the daemons come back.
             rest: Duration::from_millis(if only_cuts { 0 } else { 4_000 }),
             mutant: variable("MUTANT").inspect(|name| {
-                let known: Vec<&str> = crate::MUTANTS.iter().map(|(name, _)| *name).collect();
+                let known: Vec<&str> = crate::MUTANTS.iter().map(|(name, ..)| *name).collect();
                 let there = known.contains(&name.as_str());
                 assert!(there, "no mutant is called {name:?}; there are {known:?}");
             }),

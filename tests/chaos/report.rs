@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::checker::{Findings, Sums};
 use crate::nemesis::Kind;
 use crate::servers::Server;
-use crate::stage::Stage;
+use crate::stage::{Stage, Tally};
 
 /// How a run ended.
 pub struct Outcome {
@@ -14,6 +14,9 @@ pub struct Outcome {
     pub sums: Sums,
     /// From its begin to the end of the comparison.
     pub lasted: Duration,
+    /// From its begin to the last fault.
+    pub broken_for: Duration,
+    pub tally: Tally,
     /// Faults that were seen to happen.
     pub seen: u64,
     /// What `ackonce why` says of ids that were found.

@@ -294,8 +294,18 @@ fn consumers_that_cannot_share_a_broker_are_refused() {
         ),
         (
             "b",
-            "queue_type = \"classic\"\ndead_letter_queue = \"orders.dead\"",
-            "queue `orders.dead` is a dead-letter queue of another queue_type",
+            "dead_letter_queue = \"orders.dead\"",
+            "queue `orders.dead` is already the dead-letter queue of another consumer: see line",
+        ),
+        (
+            "b",
+            "dead_letter_queue = \"orders.dead\"\ndead_letter_exchange = \"orders.dlx\"",
+            "queue `orders.dead` is already the dead-letter queue of another consumer: see line",
+        ),
+        (
+            "b",
+            "mode = \"none\"\nqueue_type = \"classic\"\ndead_letter_queue = \"orders.dead\"",
+            "queue `orders.dead` is already the dead-letter queue of another consumer: see line",
         ),
         (
             "b",
@@ -328,12 +338,9 @@ fn consumers_that_cannot_share_a_broker_are_refused() {
         assert!(found[0].message.starts_with(message), "{found:#?}");
     }
     for topology in [
-        "dead_letter_queue = \"orders.dead\"",
-        "dead_letter_queue = \"orders.dead\"\ndead_letter_exchange = \"orders.dlx\"",
         "queue = \"orders.retry.1h\"",
         // Of what others make, type and bindings are not known.
         "mode = \"none\"\ndead_letter_exchange = \"orders.dlx\"",
-        "mode = \"none\"\nqueue_type = \"classic\"\ndead_letter_queue = \"orders.dead\"",
     ] {
         parse(&second("b", topology)).unwrap_or_else(|error| panic!("{error}"));
     }

@@ -116,19 +116,38 @@ fn drop_letters(arguments: &Arguments, filter: &Filter, stop: &Stop) -> Result<E
     carry_out((&config, &consumer, arguments), (filter, only), stop)
 }
 
+/// The letters that were asked about, and how many there were of each. Two that
+/// differ in their id are two, though their bodies be the same.
+#[derive(Default)]
+struct Known(HashMap<(Option<String>, Fingerprint), u64>);
+
+impl Known {
+    fn add(&mut self, (id, fingerprint): Key<'_>) {
+        let letter = (id.map(str::to_owned), fingerprint);
+        *self.0.entry(letter).or_default() += 1;
+    }
+
+    /// Whether it is one of them; as many times as there were of it.
+    fn take(&mut self, (id, fingerprint): Key<'_>) -> bool {
+        let letter = (id.map(str::to_owned), fingerprint);
+        let left = self.0.get_mut(&letter).filter(|left| **left > 0);
+        left.map(|left| *left -= 1).is_some()
+    }
+}
+
 /// What would be dropped.
 struct Survey {
     seen: Seen,
     text: String,
-    letters: HashMap<Fingerprint, u64>,
+    letters: Known,
 }
 
 fn survey(desk: Desk<'_>, filter: &Filter, stop: &Stop) -> Result<Survey, Exit> {
     let mut tally = Tally::new(By::Reason);
-    let mut letters = HashMap::new();
+    let mut letters = Known::default();
     let seen = look(desk, filter, stop, |letter| {
         tally.add(letter);
-        *letters.entry(letter.fingerprint).or_default() += 1;
+        letters.add(letter.key());
         Ok(())
     })?;
     let mut table = Table::new(&["LETTERS", "REASON"]);
@@ -143,7 +162,7 @@ fn survey(desk: Desk<'_>, filter: &Filter, stop: &Stop) -> Result<Survey, Exit> 
 }
 
 type Place<'a> = (&'a Config, &'a Consumer, &'a Arguments);
-type Wanted<'a> = (&'a Filter, Option<HashMap<Fingerprint, u64>>);
+type Wanted<'a> = (&'a Filter, Option<Known>);
 
 fn carry_out(
     (config, consumer, arguments): Place<'_>,
@@ -158,7 +177,8 @@ fn carry_out(
     let walked = walk(&mut desk, stop, &mut progress, |desk, letters| {
         let mut chosen = Vec::new();
         for (letter, ticket) in letters {
-            if seen.count(filter, &letter) && is_known(only.as_mut(), letter.fingerprint) {
+            let is_known = |only: &mut Known| only.take(letter.key());
+            if seen.count(filter, &letter) && only.as_mut().is_none_or(is_known) {
                 chosen.push((letter, ticket));
             }
         }
@@ -197,20 +217,6 @@ fn begin(
     desk.begin(&action).map_err(trouble)
 }
 
-/// Whether it is one of those that were asked about.
-fn is_known(only: Option<&mut HashMap<Fingerprint, u64>>, fingerprint: Fingerprint) -> bool {
-    let Some(only) = only else {
-        return true;
-    };
-    match only.get_mut(&fingerprint) {
-        Some(left) if *left > 0 => {
-            *left -= 1;
-            true
-        }
-        _ => false,
-    }
-}
-
 /// File, journal, broker, in this order.
 fn drop_chunk(
     desk: &mut Desk<'_>,
@@ -236,4 +242,27 @@ fn drop_chunk(
     }
     desk.settle().map_err(trouble)?;
     Ok(count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_letter_with_the_body_of_another_was_not_asked_about() {
+        let (same, other) = (Fingerprint([1; 32]), Fingerprint([2; 32]));
+        let mut known = Known::default();
+        known.add((Some("a"), same));
+        known.add((Some("twin"), same));
+        known.add((Some("twin"), same));
+        known.add((None, same));
+        assert!(!known.take((Some("b"), same)));
+        assert!(!known.take((Some("a"), other)));
+        assert!(known.take((Some("a"), same)));
+        assert!(!known.take((Some("a"), same)));
+        assert!(known.take((None, same)));
+        assert!(!known.take((None, same)));
+        let twins = (0..3).filter(|_| known.take((Some("twin"), same)));
+        assert_eq!(twins.count(), 2);
+    }
 }

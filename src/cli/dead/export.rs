@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::cli::Exit;
 use crate::cli::desk::{self, DeskArguments, look};
 use crate::cli::filters::{self, FilterArguments};
 use crate::cli::terminal::interruptible;
-use crate::cli::{Exit, output};
 use crate::dead_letter::file;
 use crate::dead_letter::filter::Filter;
 use crate::stop::Stop;
@@ -36,7 +36,8 @@ fn help() -> String {
          code, error, attempts, exchange, routing_key, repaired, properties, and body, or \
          body_base64 where it is not UTF-8. Headers keep their AMQP types: what JSON has no type \
          for is {{\"amqp\": TYPE, \"value\": …}}. `ackonce dead import` reads it back. A file can \
-         be read by its owner alone; one that could not be finished is removed.\n\n{}\n\n{}\n\n{}",
+         be read by its owner alone; one that could not be finished is removed. Without a file, a \
+         reader that goes away ends it with status 71.\n\n{}\n\n{}\n\n{}",
         filters::HELP,
         desk::HELP,
         desk::STATUS
@@ -54,9 +55,14 @@ fn export(arguments: &Arguments, filter: &Filter, stop: &Stop) -> Result<Exit, E
     let (config, consumer) = arguments.desk.load()?;
     let desk = arguments.desk.open(&config, &consumer, "dead export")?;
     let Some(path) = &arguments.output else {
-        let seen = look(desk, filter, stop, |letter| {
-            output(&file::line(letter, &consumer));
-            Ok(())
+        let mut out = BufWriter::new(io::stdout().lock());
+        let looked = look(desk, filter, stop, |letter| {
+            let written = out.write_all(file::line(letter, &consumer).as_bytes());
+            written.map_err(|error| cut_short(&error))
+        });
+        let seen = looked.and_then(|seen| {
+            let flushed = out.flush();
+            flushed.map(|()| seen).map_err(|error| cut_short(&error))
         })?;
         eprintln!("ackonce: {} of {} letters exported", seen.meant, seen.read);
         return Ok(Exit::Success);
@@ -79,6 +85,16 @@ fn export(arguments: &Arguments, filter: &Filter, stop: &Stop) -> Result<Exit, E
             Err(exit)
         }
     }
+}
+
+/// A reader that has gone away is no better than a full disk: what follows may
+/// drop the letters that it believes to have.
+fn cut_short(error: &io::Error) -> Exit {
+    eprintln!(
+        "ackonce: failed to write to standard output: {error}\n  hint: what was written is not \
+         complete; --output writes to a file, and removes what it could not finish"
+    );
+    Exit::System
 }
 
 /// A file that did not exist before.
