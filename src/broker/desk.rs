@@ -65,12 +65,14 @@ const RETURN_WITHIN: Duration = Duration::from_secs(5);
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Letters of the first chunk, before their size is known.
-const CHUNK_MIN: u16 = 16;
+const CHUNK_FIRST: u16 = 4;
 
-/// Most letters of a chunk.
-const CHUNK_MAX: u16 = 2_048;
+/// Most letters of a chunk. AMQP counts what a subscription may take, and the
+/// broker sends it at once: where large letters follow small ones, this alone is
+/// the bound.
+const CHUNK_MAX: u16 = 128;
 
-/// Bytes a chunk aims at, from the largest letter of the chunk before.
+/// Bytes a chunk aims at, from the largest of the letters before it.
 const CHUNK_BYTES: usize = 8 << 20;
 
 /// Times that a letter of a quorum queue may have come back before a desk
@@ -119,7 +121,10 @@ pub struct Desk {
     taken: u64,
     /// Nothing more is to be had.
     through: bool,
+    /// Letters of the next chunk.
     chunk: u16,
+    /// Bytes of the largest letter so far; each chunk of smaller ones halves it.
+    largest: usize,
     /// What was taken, in the order in which it came.
     chunks: Vec<Chunk>,
     since: Option<Instant>,
@@ -159,7 +164,8 @@ impl Desk {
             others: 0,
             taken: 0,
             through: false,
-            chunk: CHUNK_MIN,
+            chunk: CHUNK_FIRST,
+            largest: 1,
             chunks: Vec::new(),
             since: None,
             unlimited: despite_limit,
@@ -195,8 +201,8 @@ impl Desk {
         self.since.map(|since| since.elapsed()).unwrap_or_default()
     }
 
-    /// Takes the next letters, oldest first: as many as fit into some
-    /// megabytes, going by those before them. Empty when the frozen depth is
+    /// Takes the next letters, oldest first: at most 128, and as many as fit into
+    /// 8 MiB if they are no larger than those before them. Empty when the frozen depth is
     /// reached or the queue has no more.
     ///
     /// # Errors
@@ -216,15 +222,10 @@ impl Desk {
             return Err(DeskError::Held { queue, held });
         }
         let deliveries = self.take_chunk(self.chunk)?;
-        let mut largest = 1;
         let mut letters = Vec::with_capacity(deliveries.len());
         for delivery in deliveries {
-            largest = largest.max(delivery.body.len());
             letters.extend(self.hand_over(delivery)?);
         }
-        let fitting = u16::try_from(CHUNK_BYTES / largest).unwrap_or(CHUNK_MAX);
-        let next = self.chunk.saturating_mul(4).min(fitting);
-        self.chunk = next.clamp(1, CHUNK_MAX);
         // A chunk may have been nothing but probes.
         match letters.is_empty() {
             true => self.take(stop),
@@ -380,6 +381,9 @@ impl Desk {
         self.since = self.since.or(Some(Instant::now()));
         self.taken += deliveries.len() as u64;
         self.through = deliveries.len() < usize::from(want);
+        let sizes = deliveries.iter().map(|delivery| delivery.body.len());
+        let largest = sizes.max().unwrap_or_default();
+        (self.chunk, self.largest) = next_chunk(self.chunk, self.largest, largest);
         if let Some(last) = deliveries.last() {
             let mut end = last.clone();
             empty(&mut end);
@@ -544,6 +548,16 @@ impl Desk {
     }
 }
 
+/// Letters of the chunk after one of `chunk`, and the bytes that it goes by, when
+/// the largest letter so far had `before`, and the largest of that chunk
+/// `largest` bytes.
+fn next_chunk(chunk: u16, before: usize, largest: usize) -> (u16, usize) {
+    let largest = largest.max(before / 2).max(1);
+    let fitting = u16::try_from(CHUNK_BYTES / largest).unwrap_or(CHUNK_MAX);
+    let next = chunk.saturating_mul(2).min(fitting);
+    (next.clamp(1, CHUNK_MAX), largest)
+}
+
 fn empty(shell: &mut amiquip::Delivery) {
     shell.body = Vec::new();
     shell.exchange = String::new();
@@ -557,5 +571,27 @@ impl Drop for Desk {
         if let Some((link, channel)) = self.open.take() {
             link.abandon(channel);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_grow_with_small_letters_and_shrink_at_a_large_one() {
+        let (mut chunk, mut largest) = (CHUNK_FIRST, 1);
+        let mut after = |bytes: usize| {
+            (chunk, largest) = next_chunk(chunk, largest, bytes);
+            chunk
+        };
+        let grown: Vec<u16> = [1_000; 6].map(&mut after).to_vec();
+        assert_eq!(grown, [8, 16, 32, 64, 128, 128]);
+        assert_eq!(after(3 << 20), 2);
+        // Small ones again are not trusted at once.
+        let grown: Vec<u16> = [0; 7].map(&mut after).to_vec();
+        assert_eq!(grown, [4, 8, 16, 32, 64, 128, 128]);
+        assert_eq!(after(CHUNK_BYTES + 1), 1);
+        assert_eq!(after(0), 1);
     }
 }

@@ -291,6 +291,13 @@ impl Publisher {
         self.server
     }
 
+    /// With which reply code the broker closed the channel, if it is lost by
+    /// that: one of the messages that were unconfirmed then is at fault.
+    #[must_use]
+    pub fn reply(&self) -> Option<u16> {
+        self.reply
+    }
+
     /// True when it is lost because the broker will not have a message such as
     /// one of those that were unconfirmed then (406: longer than its
     /// `max_message_size`, or with a property it objects to).

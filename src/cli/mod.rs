@@ -9,6 +9,7 @@ pub mod filters;
 pub mod ledger;
 pub mod man;
 pub mod migrate;
+mod pace;
 pub mod publish;
 pub mod replay;
 pub mod run;

@@ -10,7 +10,6 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -20,10 +19,13 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use super::{ConfigArgument, Exit};
+use super::pace::Pace;
+use super::terminal::{Input, interruptible};
+use super::{ConfigArgument, Exit, desk};
 use crate::broker::outgoing::BODY_MAX_BYTES;
 use crate::broker::publisher::{Fate, Limits, Outgoing, PublishError, Publisher, Seq};
 use crate::config::checked::Broker;
+use crate::stop::Stop;
 
 /// Longest line, in bytes: the longest body as base64, and room for the rest.
 pub(super) const LINE_MAX_BYTES: usize = BODY_MAX_BYTES / 3 * 4 + 1024 * 1024;
@@ -31,16 +33,29 @@ pub(super) const LINE_MAX_BYTES: usize = BODY_MAX_BYTES / 3 * 4 + 1024 * 1024;
 /// Longest wait for the confirms of what was sent, once the input has ended.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(60);
 
-/// Longest wait for the broker's goodbye.
+/// Longest wait for the broker's goodbye, and for confirms once it is time to
+/// stop.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
+/// AMQP's reply code for what the user may not do.
+const ACCESS_REFUSED: u16 = 403;
+
+/// How often a wait for confirms looks whether it is time to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// Arguments of `ackonce publish`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(after_help = "\
 Lines of FILE are JSON objects: {\"message_id\": \"…\", \"body\": any JSON, \"headers\": {…}, \
 \"exchange\": \"…\", \"routing_key\": \"…\", \"content_type\": \"…\", \"timestamp\": seconds}. \
 A body that is a string is published as that text, any other as the JSON it is, byte for byte; \
-\"body_base64\" in its place is published decoded. What a line does not say, the arguments say.")]
+\"body_base64\" in its place is published decoded. What a line does not say, the arguments say.
+
+Ctrl-C publishes no more, waits for confirms for up to five seconds and says what became of each; \
+twice, it ends at once.
+
+Exit status: 0 all confirmed, 1 done in part, 2 bad arguments, 69 the broker cannot be reached or \
+the connection was lost, 77 denied, 78 bad configuration, 130 interrupted.")]
 pub struct Arguments {
     #[command(flatten)]
     config: ConfigArgument,
@@ -49,7 +64,7 @@ pub struct Arguments {
 }
 
 /// What is published, and where to.
-#[derive(Debug, Args, Default)]
+#[derive(Debug, Clone, Args, Default)]
 pub struct MessageArguments {
     /// Queue to publish to, through the default exchange
     #[arg(short, long, value_name = "QUEUE", conflicts_with_all = ["exchange", "routing_key"])]
@@ -95,36 +110,39 @@ fn header(text: &str) -> Result<(String, String), String> {
 /// The exit status.
 pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
     let config = arguments.config.load()?;
-    let stdin = io::stdin().lock();
-    let mut stderr = io::stderr().lock();
-    Ok(publish(
-        &arguments.message,
-        &config.broker,
-        stdin,
-        &mut stderr,
-    ))
+    let message = arguments.message.clone();
+    interruptible(move |stop| {
+        let stdin = Input::open(stop)?;
+        let said = &mut io::stderr();
+        Ok(publish(&message, &config.broker, stdin, stop, said))
+    })
 }
 
-/// Publishes what `arguments` say, which may be to read it from `stdin`.
-/// Messages that were not confirmed, a summary and errors go to `report`.
+/// Publishes what `arguments` say, which may be to read it from `stdin`, until
+/// it is time to stop. Messages that were not confirmed, a summary and errors go
+/// to `report`.
 pub fn publish(
     arguments: &MessageArguments,
     broker: &Broker,
     stdin: impl BufRead,
+    stop: &Stop,
     report: &mut impl Write,
 ) -> Exit {
     let source = match Source::open(arguments, stdin) {
         Ok(source) => source,
         Err(error) => {
             say(report, &format!("ackonce: {error}"));
-            return Exit::Usage;
+            return match stop.is_set() {
+                true => Exit::Partial,
+                false => Exit::Usage,
+            };
         }
     };
     match Publisher::open(broker, "publish", Limits::default()) {
-        Ok(publisher) => all_of(source, publisher, arguments, report),
+        Ok(publisher) => all_of(source, publisher, arguments, stop, report),
         Err(error) => {
             say(report, &format!("ackonce: {error}"));
-            Exit::Unreachable
+            desk::connect(&error)
         }
     }
 }
@@ -333,36 +351,28 @@ fn with_defaults(
     Ok(message)
 }
 
-/// Lets at most so many messages pass in a second, evenly.
-struct Pace {
-    start: Instant,
-    rate: Option<NonZeroU32>,
-    passed: u64,
-}
-
-impl Pace {
-    fn keep(&mut self) {
-        if let Some(rate) = self.rate {
-            let due = self.passed as f64 / f64::from(rate.get());
-            let due = self.start + Duration::from_secs_f64(due);
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-        }
-        self.passed += 1;
-    }
-}
-
 /// Publishes everything, waits for the confirms and says what came of it.
 fn all_of(
     mut source: Source<impl BufRead>,
     mut publisher: Publisher,
     arguments: &MessageArguments,
+    stop: &Stop,
     report: &mut impl Write,
 ) -> Exit {
     let mut tally = Tally::default();
-    let stopped = feed(&mut source, &mut publisher, arguments, &mut tally, report).err();
-    let fates = publisher.wait_all(CONFIRM_WITHIN);
+    let fed = feed(
+        &mut source,
+        &mut publisher,
+        arguments,
+        stop,
+        (&mut tally, report),
+    );
+    let fates = confirms(&mut publisher, stop);
     tally.note(fates, report);
-    if let Some(cause) = publisher.lost() {
+    let lost = publisher
+        .lost()
+        .map(|cause| (cause.to_owned(), publisher.reply()));
+    if let Some((cause, _)) = &lost {
         say(
             report,
             &format!("ackonce: lost the connection to the broker: {cause}"),
@@ -370,17 +380,31 @@ fn all_of(
     }
     let fates = publisher.close(CLOSE_WITHIN);
     tally.note(fates, report);
-    if let Some(reason) = &stopped {
+    if let Err(reason) = &fed {
         say(report, &format!("ackonce: stopped at {reason}"));
     }
     say(report, &tally.summary());
-    if stopped.is_some() && tally.published == 0 {
-        Exit::Usage
-    } else if stopped.is_some() || tally.confirmed < tally.published {
-        Exit::Partial
-    } else {
-        Exit::Success
+    match (lost, fed) {
+        (Some((_, Some(ACCESS_REFUSED))), _) => Exit::Denied,
+        // What else closes a channel is one of the messages.
+        (Some((_, None)), _) => Exit::Unreachable,
+        (_, Err(_)) if tally.published == 0 && !stop.is_set() => Exit::Usage,
+        (_, Ok(())) if tally.confirmed == tally.published => Exit::Success,
+        _ => Exit::Partial,
     }
+}
+
+/// Waits for what is unconfirmed.
+fn confirms(publisher: &mut Publisher, stop: &Stop) -> Vec<(Seq, Fate)> {
+    let began = Instant::now();
+    let mut fates = publisher.poll();
+    while publisher.unconfirmed() > 0
+        && began.elapsed() < CONFIRM_WITHIN
+        && !stop.left_of(CLOSE_WITHIN).is_zero()
+    {
+        fates.extend(publisher.wait_all(LOOK_EVERY));
+    }
+    fates
 }
 
 /// Publishes up to the first message that cannot be.
@@ -388,17 +412,15 @@ fn feed(
     source: &mut Source<impl BufRead>,
     publisher: &mut Publisher,
     arguments: &MessageArguments,
-    tally: &mut Tally,
-    report: &mut impl Write,
+    stop: &Stop,
+    (tally, report): (&mut Tally, &mut impl Write),
 ) -> Result<(), String> {
-    let mut pace = Pace {
-        start: Instant::now(),
-        rate: arguments.rate,
-        passed: 0,
-    };
+    let mut pace = Pace::new(arguments.rate, Instant::now());
     while let Some(next) = source.next(arguments) {
         let (origin, message) = next?;
-        pace.keep();
+        if pace.keep(stop) {
+            return Err(format!("{origin}: interrupted"));
+        }
         match publisher.publish(&message) {
             Ok(seq) => tally.enter(seq, origin, message.message_id),
             Err(error) => {

@@ -1,11 +1,15 @@
 //! What commands say to whoever sits there: progress, questions, tables. Data
 //! goes to standard output; all of this but the tables to standard error.
 
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{bounded, select};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Exit;
 use crate::stop::{self, Stop};
@@ -16,6 +20,9 @@ const PLAIN_EVERY: Duration = Duration::from_secs(5);
 
 /// Of so many things, every tenth part done is worth a line too.
 const WORTH_LINES: u64 = 10_000;
+
+/// How often a wait for input looks whether it is time to stop, milliseconds.
+const INPUT_TICK_MS: u8 = 100;
 
 /// Widest column of a table, in characters.
 const COLUMN_MAX: usize = 60;
@@ -155,6 +162,44 @@ pub fn interruptible(
                 None => return Err(Exit::Interrupted),
             },
         }
+    }
+}
+
+/// Standard input, which cannot be read any more once it is time to stop.
+pub struct Input {
+    // Not `Stdin`, whose buffer `poll` would not know of.
+    file: File,
+    stop: Stop,
+}
+
+impl Input {
+    /// For one reader.
+    ///
+    /// # Errors
+    ///
+    /// [`Exit::System`] when it is closed.
+    pub fn open(stop: &Stop) -> Result<BufReader<Self>, Exit> {
+        let owned = io::stdin().as_fd().try_clone_to_owned();
+        let owned = owned.map_err(|error| {
+            eprintln!("ackonce: failed to open standard input: {error}");
+            Exit::System
+        })?;
+        let (file, stop) = (File::from(owned), stop.clone());
+        Ok(BufReader::new(Self { file, stop }))
+    }
+}
+
+impl Read for Input {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while !self.stop.is_set() {
+            let mut polled = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut polled, PollTimeout::from(INPUT_TICK_MS)) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return self.file.read(buffer),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(io::Error::other("interrupted"))
     }
 }
 
