@@ -217,7 +217,11 @@ pub const HTTP: Table = Table {
         row("401", Class::Systemic, "credentials missing or wrong"),
         row("403", Class::Systemic, "right missing"),
         row("408", Class::Transient, "the receiver waited too long"),
-        row("409", Class::Transient, "a call with this key is still in work"),
+        row(
+            "409",
+            Class::Transient,
+            "a call with this key is still in work",
+        ),
         row("425", Class::Transient, "too early"),
         row("429", Class::Transient, "too many requests"),
         row("5", Class::Transient, "the receiver failed"),

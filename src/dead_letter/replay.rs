@@ -10,6 +10,7 @@
 mod engine;
 mod fates;
 mod force;
+mod hold;
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -2,11 +2,12 @@
 //! confirm, acknowledges.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, RandomState};
+use std::hash::RandomState;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::fates::Fates;
 use super::force::Forgot;
+use super::hold::take_one;
 use super::{Action, Cut, Event, Hindrance, Line, Order, Report};
 use crate::broker::desk::Ticket;
 use crate::broker::publisher::{Fate, Limits, PublishError, Publisher, Seq};
@@ -20,7 +21,7 @@ use crate::dead_letter::plan::Standing;
 use crate::dead_letter::republish::{self, Destination, Origin, Outbound, Stamp};
 use crate::failpoint::{self, Step};
 use crate::ledger::desk::{ActionId, Key};
-use crate::message::{REPLAY_HEADER, hex};
+use crate::message::hex;
 use crate::stop::Stop;
 
 /// What may be unconfirmed, and how long the broker may block one message.
@@ -38,7 +39,7 @@ const LOOKED_UP: u64 = 256;
 const ALONE_BYTES: usize = 256 * 1024;
 
 /// Longest wait for confirms before something else is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// How long a replay waits for the confirms that are out, when it ends or has
 /// to know before it goes on.
@@ -54,7 +55,7 @@ const EXCHANGES_MAX: usize = 1_000;
 pub(super) const PURPOSE: &str = "replay";
 
 /// A letter that was published and has no fate yet.
-struct Out {
+pub(super) struct Out {
     ticket: Ticket,
     /// As it is known among those that are held.
     alike: u64,
@@ -66,32 +67,33 @@ struct Out {
 /// A replay under way.
 pub(super) struct Engine<'a> {
     pub(super) order: &'a Order,
-    config: &'a Config,
-    filter: &'a Filter,
+    pub(super) config: &'a Config,
+    pub(super) filter: &'a Filter,
     queue: &'a str,
     pub(super) stop: &'a Stop,
     pub(super) tell: &'a mut dyn FnMut(Event<'_>),
     /// `None` only while it is opened anew.
-    desk: Option<Desk<'a>>,
+    pub(super) desk: Option<Desk<'a>>,
     pub(super) lookout: Lookout<'a>,
     pub(super) action: ActionId,
-    run: String,
+    pub(super) run: String,
     publisher: Option<Publisher>,
-    pace: Pace,
+    pub(super) pace: Pace,
     /// Letters that were taken and not looked up.
-    pending: VecDeque<(Letter, Ticket)>,
-    out: HashMap<Seq, Out>,
+    pub(super) pending: VecDeque<(Letter, Ticket)>,
+    pub(super) out: HashMap<Seq, Out>,
     exchanges: HashMap<String, bool>,
     /// Letters of the frozen depth that were not read yet.
-    unread: u64,
-    /// A letter was read for the first time since the queue was opened anew.
-    fresh: bool,
+    pub(super) unread: u64,
+    /// A letter was dealt with for the first time, or was not asked for, since
+    /// the queue was opened anew.
+    pub(super) fresh: bool,
     /// Letters that were read and are still in the queue, by what is alike in
     /// them, with how many are; and those of them that come once more, since
     /// the queue was opened anew.
-    held: HashMap<u64, u32>,
-    again: HashMap<u64, u32>,
-    likeness: RandomState,
+    pub(super) held: HashMap<u64, u32>,
+    pub(super) again: HashMap<u64, u32>,
+    pub(super) likeness: RandomState,
     pub(super) fates: Fates,
     pub(super) report: Report,
 }
@@ -201,72 +203,14 @@ impl<'a> Engine<'a> {
             // What one did, the next one's look-up has to see.
             most = most.min(1);
         }
-        if most == 0 || !self.refill()? {
+        if most == 0 || !self.hold_some()? {
             return Ok(None);
         }
+        self.fresh = true;
         let most = usize::try_from(most)
             .unwrap_or(usize::MAX)
             .min(self.pending.len());
         Ok(Some(self.pending.drain(..most).collect()))
-    }
-
-    /// Takes letters until there is one that is asked for. False when there is
-    /// none.
-    fn refill(&mut self) -> Result<bool, Cut> {
-        while self.pending.is_empty() {
-            if self.unread == 0 {
-                return Ok(false);
-            }
-            // Without a new letter since the last time it would go round.
-            if self.fresh && self.desk()?.held_for() > self.order.hold {
-                self.open_anew()?;
-            }
-            let stop = self.stop;
-            let letters = self.desk()?.next(stop)?;
-            if letters.is_empty() {
-                return Ok(false);
-            }
-            for (letter, ticket) in letters {
-                if self.is_new(&letter) && self.filter.matches(&letter) {
-                    self.report.matched += 1;
-                    self.pending.push_back((letter, ticket));
-                }
-            }
-        }
-        Ok(true)
-    }
-
-    /// Whether a letter was there at the start and was not read before.
-    fn is_new(&mut self, letter: &Letter) -> bool {
-        let run = letter.properties.header(REPLAY_HEADER);
-        if run.and_then(|run| run.as_text()) == Some(&self.run) {
-            // It was replayed a moment ago, and has come back.
-            return false;
-        }
-        let alike = self.likeness_of(letter);
-        *self.held.entry(alike).or_default() += 1;
-        if take_one(&mut self.again, alike) || self.unread == 0 {
-            return false;
-        }
-        self.unread -= 1;
-        self.fresh = true;
-        true
-    }
-
-    fn likeness_of(&self, letter: &Letter) -> u64 {
-        self.likeness.hash_one((letter.fingerprint, &letter.id))
-    }
-
-    /// Gives back what is held, before the broker takes it. What was read and
-    /// left comes again then, in some order, with what has arrived since.
-    fn open_anew(&mut self) -> Result<(), Cut> {
-        self.drain()?;
-        let desk = self.desk.take().ok_or_else(no_desk)?;
-        let despite = self.order.despite_limit;
-        self.desk = Some(desk.open_anew(self.config, PURPOSE, despite)?);
-        self.again = std::mem::take(&mut self.held);
-        self.fresh = false;
-        Ok(())
     }
 
     /// What is done with a letter that stands there.
@@ -454,27 +398,6 @@ impl<'a> Engine<'a> {
         Ok(there)
     }
 
-    /// Waits until the rate lets the next one go.
-    fn wait_for_turn(&mut self) -> Result<(), Cut> {
-        loop {
-            let now = Instant::now();
-            let wait = match self.pace.due(now) {
-                Some(due) if due <= now => return Ok(()),
-                Some(due) => due - now,
-                None => LOOK_EVERY,
-            };
-            self.settle(Duration::ZERO)?;
-            let wait = wait.min(LOOK_EVERY);
-            match self.out.is_empty() {
-                true => drop(self.stop.wait(wait)),
-                false => self.settle(wait)?,
-            }
-            if self.stop.is_set() {
-                return Err(Cut::Stopped);
-            }
-        }
-    }
-
     /// Waits until nothing is unconfirmed.
     pub(super) fn drain(&mut self) -> Result<(), Cut> {
         let deadline = Instant::now() + CONFIRMS_WITHIN;
@@ -491,7 +414,7 @@ impl<'a> Engine<'a> {
 
     /// Takes in what the broker says of what was published, waiting `within`
     /// for the first of it.
-    fn settle(&mut self, within: Duration) -> Result<(), Cut> {
+    pub(super) fn settle(&mut self, within: Duration) -> Result<(), Cut> {
         let Some(publisher) = &mut self.publisher else {
             return Ok(());
         };
@@ -600,19 +523,7 @@ fn route_text(outbound: &Outbound) -> String {
     }
 }
 
-/// One fewer of them; whether there was one.
-fn take_one(counts: &mut HashMap<u64, u32>, of: u64) -> bool {
-    let Some(count) = counts.get_mut(&of) else {
-        return false;
-    };
-    *count -= 1;
-    if *count == 0 {
-        counts.remove(&of);
-    }
-    true
-}
-
-fn no_desk() -> Cut {
+pub(super) fn no_desk() -> Cut {
     Cut::Lost {
         cause: "the dead-letter queue is closed".to_owned(),
     }
