@@ -20,9 +20,9 @@ use crate::dead_letter::filter::Filter;
 use crate::dead_letter::lookout::Lookout;
 use crate::dead_letter::pace::Rate;
 use crate::dead_letter::plan::Standing;
-use crate::dead_letter::replay::{self, Action, Cut, Event, Order, Report, Tools};
+use crate::dead_letter::replay::{self, Action, Cut, Event, Hindrance, Order, Report, Tools, Way};
 use crate::dead_letter::republish::Destination;
-use crate::dead_letter::survey::{self, Survey};
+use crate::dead_letter::survey::{self, Prospect, Survey};
 use crate::ledger;
 use crate::ledger::desk::Action as Entry;
 use crate::random;
@@ -53,7 +53,7 @@ pub struct Arguments {
     filters: FilterArguments,
 
     #[command(flatten)]
-    way: Way,
+    whither: Whither,
 
     #[command(flatten)]
     canary: CanaryArguments,
@@ -92,7 +92,7 @@ pub struct Arguments {
 #[derive(Debug, Clone, Args)]
 #[group(multiple = false)]
 #[command(next_help_heading = "Where to")]
-struct Way {
+struct Whither {
     /// To the consumer's work queue and no other; so it is unless told otherwise
     #[arg(long)]
     to_queue: bool,
@@ -239,12 +239,12 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
 impl Arguments {
     fn order(&self) -> Order {
         Order {
-            destination: match &self.way {
-                Way { to: Some(to), .. } => to.clone(),
-                Way {
+            destination: match &self.whither {
+                Whither { to: Some(to), .. } => to.clone(),
+                Whither {
                     to_origin: true, ..
                 } => Destination::Origin,
-                Way { .. } => Destination::Queue,
+                Whither { .. } => Destination::Queue,
             },
             limit: self.limit.map(NonZeroU64::get),
             rate: self.rate,
@@ -275,25 +275,19 @@ impl Arguments {
 
     fn survey(&self, filter: &Filter, stop: &Stop) -> Result<Exit, Exit> {
         let (config, consumer) = self.desk.load()?;
+        let order = self.order();
+        refuse_circles(&order.destination, &consumer)?;
         let (desk, mut lookout) = self.open(&config, &consumer)?;
-        let limit = self.limit.map(NonZeroU64::get);
         let mut progress = Progress::new("letters looked up", desk.depth());
-        let found = survey::survey(desk, &mut lookout, filter, limit, stop, |letter, judged| {
+        let found = survey::survey(desk, &mut lookout, filter, &order, stop, |prospect| {
             progress.add(1);
             if self.json {
-                let line = json!({
-                    "position": letter.position,
-                    "id": judged.id.as_ref().map(ToString::to_string),
-                    "fingerprint": crate::message::hex(&judged.fingerprint.0),
-                    "standing": judged.verdict.standing,
-                    "why": judged.verdict.why,
-                });
-                output(&format!("{line}\n"));
+                output(&format!("{}\n", survey_line(prospect)));
             }
         });
         progress.finish();
         let found = found.map_err(trouble)?;
-        print_survey(&consumer, &found, self.json);
+        print_survey(&consumer, &order, &found, self.json);
         Ok(Exit::Success)
     }
 
@@ -493,7 +487,27 @@ fn step(outcome: &Outcome) -> String {
     )
 }
 
-fn print_survey(consumer: &Consumer, survey: &Survey, json: bool) {
+fn survey_line(prospect: &Prospect<'_>) -> serde_json::Value {
+    let judged = prospect.judged;
+    let (would, why) = match &prospect.bar {
+        Some(why) => (Way::Leave, why),
+        None => (prospect.way, &judged.verdict.why),
+    };
+    let mut line = json!({
+        "position": prospect.letter.position,
+        "id": judged.id.as_ref().map(ToString::to_string),
+        "fingerprint": crate::message::hex(&judged.fingerprint.0),
+        "standing": judged.verdict.standing,
+        "would": would,
+        "why": why,
+    });
+    if prospect.bar.is_some() {
+        line["hindrance"] = json!(Hindrance::NoOrigin);
+    }
+    line
+}
+
+fn print_survey(consumer: &Consumer, order: &Order, survey: &Survey, json: bool) {
     let of = |standing| survey.count.of(standing);
     if json {
         let counts: serde_json::Map<_, _> = Standing::ALL
@@ -503,6 +517,7 @@ fn print_survey(consumer: &Consumer, survey: &Survey, json: bool) {
         let summary = json!({ "summary": {
             "consumer": consumer.name, "queue": consumer.topology.dead_letter_queue,
             "depth": survey.depth, "matched": survey.count.total(), "standing": counts,
+            "barred": survey.barred,
         }});
         output(&format!("{summary}\n"));
         return;
@@ -512,20 +527,39 @@ fn print_survey(consumer: &Consumer, survey: &Survey, json: bool) {
         table.row(&[
             &of(standing).to_string(),
             standing.as_str(),
-            effect(standing),
+            effect(order, standing),
         ]);
     }
     output(&table.text());
+    if survey.barred > 0 {
+        eprintln!(
+            "ackonce: {} of them would be left: their origin is not known, or is the dead-letter \
+             queue\n  hint: --to-queue sends them to queue {}",
+            survey.barred, consumer.topology.queue
+        );
+    }
 }
 
-fn effect(standing: Standing) -> &'static str {
-    match standing {
-        Standing::NeverApplied => "replays it",
-        Standing::AlreadyApplied => "takes it out of the queue: it took effect",
-        Standing::InProgress => "leaves it: it is in work, or waits for a retry",
-        Standing::BeyondRetention => "leaves it, unless told --beyond-retention",
-        Standing::IdConflict => "leaves it: another body took effect under its id",
-        Standing::NoId => "leaves it, unless told --to",
+fn effect(order: &Order, standing: Standing) -> &'static str {
+    match (order.way_of(standing), standing) {
+        (Way::Replay, Standing::NeverApplied) => "replays it",
+        (Way::Replay, Standing::BeyondRetention) => {
+            "replays it, although nobody knows whether it took effect"
+        }
+        (Way::Replay, _) => "sends it where --to says",
+        (Way::Acknowledge, _) => "takes it out of the queue: it took effect",
+        (Way::Reprocess, Standing::BeyondRetention) => {
+            "applies it, AGAIN if it took effect: nobody knows"
+        }
+        (Way::Reprocess, Standing::IdConflict) => {
+            "applies it: forgets the other body that took effect under its id"
+        }
+        (Way::Reprocess, _) => "applies it AGAIN: forgets that it took effect",
+        (Way::Leave, Standing::InProgress) => "leaves it: it is in work, or waits for a retry",
+        (Way::Leave, Standing::BeyondRetention) => "leaves it, unless told --beyond-retention",
+        (Way::Leave, Standing::IdConflict) => "leaves it: another body took effect under its id",
+        (Way::Leave, Standing::NoId) if !order.force => "leaves it, unless told --to",
+        (Way::Leave, _) => "leaves it: the consumer finds no usable id in it",
     }
 }
 

@@ -11,6 +11,7 @@ mod engine;
 mod fates;
 mod force;
 mod hold;
+mod way;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,6 +20,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 pub use engine::{Tools, run};
+pub use way::Way;
 
 use super::canary::{Canary, Outcome, Trouble};
 use super::desk;
@@ -74,6 +76,9 @@ pub enum Hindrance {
     Refused,
     /// AMQP or the broker has no room for it.
     Unfit,
+    /// It should go where it came from, and that is not known, or is the
+    /// dead-letter queue.
+    NoOrigin,
 }
 
 impl Hindrance {
@@ -84,6 +89,7 @@ impl Hindrance {
             Self::Unroutable => "unroutable",
             Self::Refused => "refused",
             Self::Unfit => "unfit",
+            Self::NoOrigin => "no-origin",
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::fates::Fates;
 use super::force::Forgot;
 use super::hold::take_one;
+use super::way::{HINT, Way};
 use super::{Action, Cut, Event, Hindrance, Line, Order, Report};
 use crate::broker::desk::Ticket;
 use crate::broker::publisher::{Fate, Limits, PublishError, Publisher, Seq};
@@ -17,8 +18,7 @@ use crate::dead_letter::filter::Filter;
 use crate::dead_letter::letter::Letter;
 use crate::dead_letter::lookout::{Judged, Lookout};
 use crate::dead_letter::pace::Pace;
-use crate::dead_letter::plan::Standing;
-use crate::dead_letter::republish::{self, Destination, Origin, Outbound, Stamp};
+use crate::dead_letter::republish::{self, Origin, Outbound, Stamp};
 use crate::failpoint::{self, Step};
 use crate::ledger::desk::{ActionId, Key};
 use crate::message::hex;
@@ -213,31 +213,16 @@ impl<'a> Engine<'a> {
         Ok(Some(self.pending.drain(..most).collect()))
     }
 
-    /// What is done with a letter that stands there.
-    fn way_of(&self, standing: Standing) -> Way {
-        let order = self.order;
-        let elsewhere = matches!(order.destination, Destination::To { .. });
-        match standing {
-            Standing::NeverApplied => Way::Publish,
-            Standing::AlreadyApplied if order.force => Way::Forget,
-            Standing::AlreadyApplied => Way::Acknowledge,
-            Standing::IdConflict if order.force => Way::Forget,
-            Standing::IdConflict if elsewhere => Way::Publish,
-            Standing::BeyondRetention if order.force => Way::Forget,
-            Standing::BeyondRetention if order.beyond_retention => Way::Publish,
-            Standing::NoId if elsewhere => Way::Publish,
-            Standing::IdConflict
-            | Standing::BeyondRetention
-            | Standing::NoId
-            | Standing::InProgress => Way::Leave,
-        }
-    }
-
     /// Writes down which letters are about to be published or acknowledged.
     fn note(&mut self, letters: &[&Letter], judged: &[Judged]) -> Result<(), Cut> {
-        let acted = letters.iter().zip(judged).filter(|(_, judged)| {
-            let way = self.way_of(judged.verdict.standing);
-            matches!(way, Way::Publish | Way::Acknowledge)
+        let topology = self.desk()?.topology();
+        let acted = letters.iter().zip(judged).filter(|(letter, judged)| {
+            match self.order.way_of(judged.verdict.standing) {
+                Way::Acknowledge => true,
+                Way::Replay => self.order.bar(letter, topology).is_none(),
+                // Written down when it is forgotten.
+                Way::Reprocess | Way::Leave => false,
+            }
         });
         let keys: Vec<Key<'_>> = acted.map(|(letter, _)| letter.key()).collect();
         if keys.is_empty() {
@@ -251,14 +236,22 @@ impl<'a> Engine<'a> {
         if self.stop.is_set() {
             return Err(Cut::Stopped);
         }
-        match self.way_of(judged.verdict.standing) {
+        let way = self.order.way_of(judged.verdict.standing);
+        let topology = self.desk()?.topology();
+        if way.publishes()
+            && let Some(why) = self.order.bar(&letter, topology)
+        {
+            self.hinder(&judged, Hindrance::NoOrigin, why);
+            return Ok(());
+        }
+        match way {
             Way::Leave => {
                 self.leave(&judged);
                 Ok(())
             }
             Way::Acknowledge => self.acknowledge(&letter, ticket, &judged, "it was applied before"),
-            Way::Publish => self.publish(letter, ticket, judged),
-            Way::Forget => match self.forget(&letter, &judged)? {
+            Way::Replay => self.publish(letter, ticket, judged),
+            Way::Reprocess => match self.forget(&letter, &judged)? {
                 Forgot::Yes => self.publish(letter, ticket, judged),
                 Forgot::AtWork => Ok(()),
                 Forgot::AppliedSince => {
@@ -499,19 +492,6 @@ impl<'a> Engine<'a> {
         (self.report, cut)
     }
 }
-
-/// What is done with a letter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Publish,
-    Acknowledge,
-    /// Forget its ledger row, then publish it.
-    Forget,
-    Leave,
-}
-
-/// What to do about a letter that no queue takes.
-const HINT: &str = "; --to-queue sends it to the consumer's work queue";
 
 fn route_text(outbound: &Outbound) -> String {
     match outbound.exchange.as_str() {
