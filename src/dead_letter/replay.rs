@@ -198,6 +198,15 @@ pub enum Cut {
         /// The broker's or the socket's words.
         cause: String,
     },
+    /// The user may not publish there.
+    #[error(
+        "the broker does not let the user of [broker] publish there: {cause}\n  hint: permit it to \
+         write to that exchange, or send the letters elsewhere; what was not sent is where it was"
+    )]
+    Denied {
+        /// The broker's words, with exchange and user.
+        cause: String,
+    },
     /// The broker confirms nothing.
     #[error(
         "the broker confirmed nothing within {within:?}\n  hint: is there an alarm on it, or is \

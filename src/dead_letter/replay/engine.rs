@@ -304,13 +304,15 @@ impl<'a> Engine<'a> {
     }
 
     fn publish(&mut self, letter: Letter, ticket: Ticket, judged: Judged) -> Result<(), Cut> {
-        let alone = letter.size() >= ALONE_BYTES;
+        let outbound = self.outbound(&letter)?;
+        let route = route_text(&outbound);
+        // The first one to an exchange goes alone too: it may be denied.
+        let first = !self.exchanges.contains_key(&outbound.exchange);
+        let alone = first || letter.size() >= ALONE_BYTES;
         if alone {
             self.drain()?;
         }
         self.wait_for_turn()?;
-        let outbound = self.outbound(&letter)?;
-        let route = route_text(&outbound);
         if !self.has_exchange(&outbound.exchange)? {
             let why = format!("there is no exchange {}{HINT}", outbound.exchange);
             self.hinder(&judged, Hindrance::Unroutable, why);
@@ -333,6 +335,9 @@ impl<'a> Engine<'a> {
             }
             Err(PublishError::Unfit(unfit)) => {
                 self.hinder(&judged, Hindrance::Unfit, unfit.to_string());
+            }
+            Err(PublishError::Lost { cause, .. }) if publisher.was_denied() => {
+                return Err(Cut::Denied { cause });
             }
             Err(error @ (PublishError::NoRoom { .. } | PublishError::Lost { .. })) => {
                 return Err(error.into());
@@ -414,7 +419,9 @@ impl<'a> Engine<'a> {
         let fates = publisher.wait(within);
         let lost = publisher.lost().map(str::to_owned);
         // Over one that is alone it is known which it was.
-        let refused = publisher.refused() && self.out.len() == 1;
+        let alone = self.out.len() == 1;
+        let refused = publisher.refused() && alone;
+        let denied = publisher.was_denied();
         let mut result = Ok(());
         for (seq, fate) in fates {
             let Some(out) = self.out.remove(&seq) else {
@@ -427,6 +434,8 @@ impl<'a> Engine<'a> {
                     self.hinder(&out.judged, Hindrance::Unfit, cause);
                     Ok(())
                 }
+                // It went nowhere.
+                (Fate::Unknown, Some(_)) if denied && alone => Ok(()),
                 (fate, _) => self.settle_one(out, &fate),
             };
             // The others have their fates all the same.
@@ -434,9 +443,11 @@ impl<'a> Engine<'a> {
         }
         if let Some(cause) = lost {
             self.publisher = None;
-            if !refused {
-                result = result.and(Err(Cut::Lost { cause }));
-            }
+            result = result.and(match (refused, denied) {
+                (true, _) => Ok(()),
+                (_, true) => Err(Cut::Denied { cause }),
+                _ => Err(Cut::Lost { cause }),
+            });
         }
         result
     }
