@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
+use common::letters::{judged, kill_messages, mend, wait_for_letters};
 use common::{
-    Consumer, DEADLINE, Msg, ORDERS, ORDERS_DEAD, World, eventually, numbered, numbered_ids,
+    Consumer, DEADLINE, Msg, ORDERS, ORDERS_DEAD, Tool, World, eventually, numbered, numbered_ids,
 };
 use stage::{Stage, foreign, orders};
 
@@ -286,4 +287,45 @@ fn unacked(world: &World) -> u64 {
     let path = format!("/api/queues/{}/{ORDERS}", world.name());
     let queue = world.management.get(&path);
     queue["messages_unacknowledged"].as_u64().unwrap_or(0)
+}
+
+#[test]
+fn a_replay_that_an_alarm_holds_up_ends_by_itself_and_loses_no_letter() {
+    let world = World::new();
+    let config = judged(&world, "quorum", "reject");
+    kill_messages(&world, &config, 20);
+    mend(&world);
+    let alarm = Alarm::raise();
+    let replay = || Tool::new(&world, &config, &["replay", ORDERS, "--yes"]);
+    let held_up = replay().start();
+    held_up.wait().expect(75).says(&["is there an alarm on it"]);
+    wait_for_letters(&world, 20);
+    drop(alarm);
+    // What the broker had taken off the wire it may let through now.
+    replay().run().expect(0);
+    world.drain(&config, ORDERS);
+    world.assert_each_applied_once(&numbered_ids("m", 20));
+    assert!(world.broker.is_empty(ORDERS_DEAD));
+}
+
+#[test]
+fn a_letter_that_the_broker_will_not_have_is_named_and_its_neighbours_are_replayed() {
+    let world = World::new();
+    let config = judged(&world, "quorum", "reject");
+    let daemon = world.run(&config);
+    let long = |id: &str| Msg::new(id).body(format!("\"{}\"", "x".repeat(400_000)));
+    let letters = [Msg::new("m-0"), long("m-long"), Msg::new("m-1")];
+    world.broker.send(ORDERS, letters);
+    wait_for_letters(&world, 3);
+    daemon.stop();
+    mend(&world);
+    let limit = MessageSize::limit(300_000);
+    let replay = || Tool::new(&world, &config, &["replay", ORDERS, "--yes"]);
+    let ended = replay().run().expect(1);
+    ended.says(&["left m-long", "replayed 2", "unfit 1"]);
+    wait_for_letters(&world, 1);
+    drop(limit);
+    replay().run().expect(0);
+    world.drain(&config, ORDERS);
+    world.assert_each_applied_once(&["m-0", "m-1", "m-long"]);
 }

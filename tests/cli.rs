@@ -5,7 +5,7 @@ mod common;
 
 use std::process::Output;
 
-use common::{Config, Consumer, Msg, ORDERS, Proxy, World, run_ackonce};
+use common::{Config, Consumer, Msg, ORDERS, Proxy, World, eventually, run_ackonce};
 
 const OK: i32 = 0;
 const UNAVAILABLE: i32 = 69;
@@ -241,4 +241,23 @@ fn run_waits_for_servers_that_are_not_there_yet() {
         world.drain_with(daemon, &config, ORDERS);
     }
     world.assert_each_applied_once(&["broker.url", "postgres.url"]);
+}
+
+#[test]
+fn the_ledgers_id_is_renewed_only_while_no_daemon_is_connected() {
+    let world = World::new();
+    let config = world.orders();
+    let daemon = world.run(&config);
+    let before = world.db.ledger_id();
+    let refused = ackonce(&world, &config, &["ledger", "renew-id"]);
+    assert_status(&refused, 75);
+    assert_says(&refused, &["is connected", "stop every daemon"]);
+    assert_eq!(world.db.ledger_id(), before);
+    daemon.stop();
+    eventually("its sessions are closed", || {
+        ackonce(&world, &config, &["ledger", "renew-id"])
+            .status
+            .success()
+    });
+    assert_ne!(world.db.ledger_id(), before);
 }

@@ -488,3 +488,37 @@ fn claims_that_nobody_came_back_to_are_pruned_with_the_rest() {
         "those older than 30 days are gone"
     );
 }
+
+/// Answers each message at once.
+const FAST: &str = r#"#!/bin/sh
+echo '{"ready":true}'
+while read -r line; do
+    id=${line#*\"id\":}
+    echo "{\"id\":${id%%,*},\"outcome\":\"done\"}"
+done
+"#;
+
+#[test]
+fn what_comes_back_together_is_completed_together() {
+    let stage = Stage::new();
+    let world = &stage.world;
+    let program = world.write("fast", FAST);
+    let consumer = Consumer::orders()
+        .handler("command")
+        .set("handler.mode", "stream")
+        .set("handler.argv", vec!["/bin/sh", program.to_str().unwrap()])
+        .set("workers", 8);
+    let config = stage.with(consumer);
+    world.prepare(&config);
+    world.broker.send(ORDERS, numbered("m", 3_000));
+    let daemon = world.run(&config);
+    stage.wait_until_done(&numbered_ids("m", 3_000));
+    stage.drain_with(daemon, &config);
+    // The time of a row is that of its transaction.
+    let transactions = world
+        .db
+        .count("select count(distinct applied_at) from ackonce.ledger");
+    println!("{transactions} transactions");
+    assert!(transactions < 1_500, "{transactions} for 3,000 messages");
+    assert_eq!(stage.claims(), 0);
+}

@@ -77,8 +77,8 @@ fn an_exchange_that_the_user_may_not_write_to_is_named_and_the_letters_stay() {
     for (way, named) in [(&["--to", "shop/k"][..], "shop"), (&[], "amq.default")] {
         let arguments = [&["--yes", "--json"], way].concat();
         let ended = replay(&world, &limited, &arguments).expect(77);
-        ended.says(&[named, &user.name, "permit"]);
         let report = summary(&ended);
+        ended.says(&[named, &user.name, "permit"]);
         assert_eq!(
             (&report["replayed"], &report["unconfirmed"]),
             (&0.into(), &0.into()),

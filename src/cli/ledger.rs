@@ -27,7 +27,7 @@ pub struct Arguments {
 enum Command {
     /// Give the ledger a new random id, so that marks in Redis that speak of
     /// rows it has lost count no more: to be run after a restore from a backup,
-    /// before a daemon is started
+    /// or a failover that lost commits, while no daemon runs
     RenewId {
         #[command(flatten)]
         config: ConfigArgument,
@@ -83,6 +83,14 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
             let config = config.load()?;
             let mut session = Session::open(&config.postgres, "ledger").map_err(|e| report(&e))?;
             let id = ledger::renew_id(&mut session).map_err(|e| report(&e))?;
+            let Some(id) = id else {
+                eprintln!(
+                    "ackonce: a daemon or a command of ackonce is connected to this database, and \
+                     would go on with the old id\n  hint: stop every daemon first, also on other \
+                     hosts, and start them afterwards"
+                );
+                return Err(Exit::TryAgain);
+            };
             output(&format!("the ledger's id is now {id}\n"));
             Ok(Exit::Success)
         }

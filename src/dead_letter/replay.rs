@@ -11,6 +11,7 @@ mod engine;
 mod fates;
 mod force;
 mod hold;
+mod sending;
 mod way;
 
 use std::collections::BTreeMap;

@@ -26,7 +26,8 @@
 //! that finds the row is deleted in its own transaction: no claim is ever
 //! committed beside a ledger row of its id. Every statement locks its rows in
 //! the order of their ids, so that none waits for the other in a circle.
-//! `tests/model.rs` walks all of this, with the mutants.
+//! `tests/model.rs` walks the claims of two workers, with the mutants; there each
+//! of these transactions is one step.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -71,6 +72,16 @@ pub struct Wanted<'a> {
     /// Whose the claim becomes. One that is its own already is made again,
     /// since its commit may have gone unanswered.
     pub owner: Owner,
+}
+
+/// What became of claims that were to be renewed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Renewal {
+    /// Ids of those that were.
+    pub renewed: HashSet<String>,
+    /// Ids of those that are still their owner's and were not: somebody has
+    /// their rows locked.
+    pub locked: HashSet<String>,
 }
 
 /// A claim that was made.
@@ -141,12 +152,12 @@ impl Ledger {
     }
 
     /// Renews the claims among `held` that are still their owner's, also those
-    /// whose lease has run out and that nobody has taken. The ids of those.
+    /// whose lease has run out and that nobody has taken. Waits for no lock.
     ///
     /// # Errors
     ///
     /// When they are not renewed, or that is not known.
-    pub fn renew(&mut self, held: &[Held<'_>], lease: Duration) -> Result<HashSet<String>, Error> {
+    pub fn renew(&mut self, held: &[Held<'_>], lease: Duration) -> Result<Renewal, Error> {
         self.connect()?;
         self.forgetting(|session, registration| {
             let consumer_id = registration.consumer_id;
@@ -206,14 +217,22 @@ async fn claim(
 /// The claims among `$2` and `$3` that are still their owner's, locked in the
 /// order of their ids. One that is being renewed or taken over is waited for,
 /// and its owner compared again. The ids are named once more for the index:
-/// joined alone, it would be read from end to end.
+/// joined alone, it would be read from end to end. The literal says what to do
+/// about a row that is locked, in place of waiting.
 macro_rules! ours {
     () => {
-        "WITH ours AS MATERIALIZED (SELECT claim.message_id FROM ackonce.claim \
+        ours!("")
+    };
+    ($or_else:literal) => {
+        concat!(
+            "WITH ours AS MATERIALIZED (SELECT claim.message_id FROM ackonce.claim \
          JOIN unnest($2::text[], $3::int8[]) AS held (message_id, owner) \
          ON claim.message_id = held.message_id AND claim.owner = held.owner \
          WHERE claim.consumer_id = $1 AND claim.message_id = ANY ($2) \
-         ORDER BY claim.message_id FOR UPDATE OF claim) "
+         ORDER BY claim.message_id FOR UPDATE OF claim",
+            $or_else,
+            ") "
+        )
     };
 }
 
@@ -234,13 +253,19 @@ const SURRENDER: &str = concat!(
      RETURNING claim.message_id"
 );
 
+/// A row that somebody holds locked must not keep the others from being renewed.
 const RENEW: &str = concat!(
-    ours!(),
+    ours!(" SKIP LOCKED"),
     "UPDATE ackonce.claim SET lease_until = clock_timestamp() + make_interval(secs => $4) \
      FROM ours WHERE claim.consumer_id = $1 AND claim.message_id = ANY ($2) \
      AND claim.message_id = ours.message_id \
      RETURNING claim.message_id"
 );
+
+const STILL_OURS: &str = "SELECT claim.message_id FROM ackonce.claim \
+     JOIN unnest($2::text[], $3::int8[]) AS held (message_id, owner) \
+     ON claim.message_id = held.message_id AND claim.owner = held.owner \
+     WHERE claim.consumer_id = $1 AND claim.message_id = ANY ($2)";
 
 type Scalar<'q> = sqlx::query::QueryScalar<'q, sqlx::Postgres, String, sqlx::postgres::PgArguments>;
 
@@ -274,7 +299,24 @@ async fn renew(
     consumer_id: i16,
     held: &[Held<'_>],
     lease: Duration,
-) -> Result<HashSet<String>, sqlx::Error> {
+) -> Result<Renewal, sqlx::Error> {
     let rows = with_held(RENEW, consumer_id, held).bind(lease.as_secs_f64());
-    Ok(rows.fetch_all(connection).await?.into_iter().collect())
+    let renewed: HashSet<String> = rows
+        .fetch_all(&mut *connection)
+        .await?
+        .into_iter()
+        .collect();
+    let others: Vec<Held<'_>> = held
+        .iter()
+        .copied()
+        .filter(|(id, _)| !renewed.contains(id.as_str()))
+        .collect();
+    let locked = match others.is_empty() {
+        true => HashSet::new(),
+        false => {
+            let rows = with_held(STILL_OURS, consumer_id, &others);
+            rows.fetch_all(connection).await?.into_iter().collect()
+        }
+    };
+    Ok(Renewal { renewed, locked })
 }

@@ -25,7 +25,7 @@ use crate::message::{Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
 
 pub use journal::JournalEntry;
-pub use keyed::{Held, Hold, Owner, Wanted};
+pub use keyed::{Held, Hold, Owner, Renewal, Wanted};
 pub use schema::{Schema, migrate, renew_id, schema};
 
 /// Which ledger this is, and what the consumer is called in it.

@@ -88,18 +88,22 @@ pub fn migrate(session: &mut Session) -> Result<(), Error> {
         })
 }
 
-/// Gives the ledger a new random id, and with it every claim a new key.
+/// Gives the ledger a new random id, and with it every claim a new key. `None`
+/// while others of ours are connected: a daemon that runs goes on with the id
+/// that it knows.
 ///
 /// # Errors
 ///
 /// When the server refuses or cannot be asked.
-pub fn renew_id(session: &mut Session) -> Result<String, Error> {
+pub fn renew_id(session: &mut Session) -> Result<Option<String>, Error> {
     session.run(async |connection| {
         sqlx::query_scalar(
             "UPDATE ackonce.instance SET ledger_id = gen_random_uuid(), created_at = now() \
-             RETURNING ledger_id::text",
+             WHERE NOT EXISTS (SELECT FROM pg_stat_activity \
+             WHERE datname = current_database() AND pid <> pg_backend_pid() \
+             AND application_name LIKE 'ackonce %') RETURNING ledger_id::text",
         )
-        .fetch_one(connection)
+        .fetch_optional(connection)
         .await
     })
 }

@@ -109,7 +109,7 @@ impl Foreman {
         let kind = handlers.first().map_or("", |handler| handler.kind());
         let [own, keeping] = ledgers.map(Ledger::by_index);
         let (stop, allowed) = (shared.stop.clone(), shared.shutdown_timeout);
-        let leases = Leases::start(&shared.consumer, stop, allowed, keeping)?;
+        let leases = Leases::start(&shared.consumer, stop, allowed, keeping, panicked)?;
         // Every delivery of the current connection and of the one before it.
         let most = 2 * usize::from(shared.consumer.prefetch);
         let crew = Crew::start(&shared, handlers, most, panicked)?;
@@ -142,6 +142,9 @@ impl Foreman {
             self.worker.tell();
             let fresh = self.worker.identify(deliveries);
             if self.is_ending() {
+                for item in fresh {
+                    self.worker.advance(item, Event::Stopping);
+                }
                 self.give_everything_back();
                 let through = self.out == 0 && self.called.is_empty() && self.closed;
                 if through || self.is_out_of_time() {
@@ -274,7 +277,7 @@ impl Foreman {
         let rested = self.ledger_rest.is_over() && self.world_rest.is_over();
         let now = !self.worker.heirs.is_empty()
             || !self.worker.again.is_empty()
-            || (self.out == 0 && !self.alone.is_empty() && rested);
+            || (self.out == 0 && rested && !(self.alone.is_empty() && self.waiting.is_empty()));
         if now {
             return Duration::ZERO;
         }

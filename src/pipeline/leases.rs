@@ -5,11 +5,13 @@
 //! told to stop.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use crossbeam_channel::Sender;
 
 use crate::config::checked;
 use crate::ledger::{Ledger, Owner};
@@ -98,7 +100,7 @@ impl Lease {
 
 impl Leases {
     /// Starts the two threads. They end when the last of the claims and of
-    /// these is dropped.
+    /// these is dropped; something is sent to `panicked` when one ends before.
     ///
     /// # Errors
     ///
@@ -108,6 +110,7 @@ impl Leases {
         stop: Stop,
         shutdown_timeout: Duration,
         mut ledger: Ledger,
+        panicked: &Sender<()>,
     ) -> anyhow::Result<Self> {
         let shelf = Arc::new(Shelf {
             consumer: consumer.name.clone(),
@@ -120,7 +123,7 @@ impl Leases {
         });
         let tick = (shelf.lease / 20).clamp(TICK.0, TICK.1);
         let watched = Arc::downgrade(&shelf);
-        spawn(&consumer.name, "watch", move || {
+        spawn(&consumer.name, "watch", panicked, move || {
             while let Some(shelf) = Weak::upgrade(&watched) {
                 shelf.watch();
                 drop(shelf);
@@ -129,7 +132,7 @@ impl Leases {
         })?;
         let renewed = Arc::downgrade(&shelf);
         let tick = (shelf.renew_every / 4).clamp(TICK.0, TICK.1);
-        spawn(&consumer.name, "lease", move || {
+        spawn(&consumer.name, "lease", panicked, move || {
             let mut told = false;
             while let Some(shelf) = Weak::upgrade(&renewed) {
                 shelf.renew(&mut ledger, &mut told);
@@ -207,8 +210,8 @@ impl Shelf {
             return;
         }
         let claims: Vec<_> = due.iter().map(|(id, owner)| (id, *owner)).collect();
-        let renewed = match ledger.renew(&claims, self.lease) {
-            Ok(renewed) => renewed,
+        let renewal = match ledger.renew(&claims, self.lease) {
+            Ok(renewal) => renewal,
             Err(error) => {
                 if !std::mem::replace(told, true) {
                     log::warn!(consumer = self.consumer.as_str(); "claims in the ledger are not renewed at the moment: {error}");
@@ -223,9 +226,11 @@ impl Shelf {
             let Some(entry) = held.get_mut(&id).filter(|entry| entry.owner == owner) else {
                 continue;
             };
-            if renewed.contains(id.as_str()) {
+            if renewal.renewed.contains(id.as_str()) {
                 entry.until = self.until(asked);
                 entry.renew_at = asked + self.renew_every;
+            } else if renewal.locked.contains(id.as_str()) {
+                // Tried again at the next tick, for as long as it counts as kept.
             } else if entry.returned {
                 // Completed a moment ago, or never to be: the ledger tells.
                 entry.renew_at = asked + self.renew_every;
@@ -243,10 +248,21 @@ impl Shelf {
     }
 }
 
-fn spawn(consumer: &str, what: &str, run: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+fn spawn(
+    consumer: &str,
+    what: &'static str,
+    panicked: &Sender<()>,
+    run: impl FnOnce() + Send + 'static,
+) -> anyhow::Result<()> {
+    let (name, panicked) = (consumer.to_owned(), panicked.clone());
     std::thread::Builder::new()
         .name(format!("{consumer}-{what}"))
-        .spawn(run)
+        .spawn(move || {
+            if catch_unwind(AssertUnwindSafe(run)).is_err() {
+                log::error!(consumer = name.as_str(); "the {what} thread panicked");
+                panicked.try_send(()).ok();
+            }
+        })
         .map(drop)
         .with_context(|| format!("failed to start the {what} thread of consumer {consumer}"))
 }

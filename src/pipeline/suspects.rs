@@ -5,13 +5,13 @@
 //! death. Who has one is run alone, and who has too many is quarantined; what
 //! was only near it goes on.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use super::Worker;
 use super::item::Item;
 use crate::failure::{Class, Failure};
 use crate::lifecycle::Event;
-use crate::message::MessageId;
+use crate::message::{Fingerprint, MessageId};
 use crate::postgres::Error;
 
 impl Worker {
@@ -32,49 +32,48 @@ impl Worker {
             .filter_map(|item| item.id.as_ref().map(MessageId::as_str))
             .collect();
         let deaths = self.ledger.suspects(&ids)?;
-        let mut doomed = Vec::new();
+        // A mark is first made when the message has come back once.
+        let deaths_of = |id: &str| match deaths.get(id) {
+            Some(seen) if *seen > 0 => seen.saturating_add(1),
+            _ => 0,
+        };
+        let most = self.shared.consumer.max_deaths;
+        let doomed: Vec<&str> = ids.into_iter().filter(|id| deaths_of(id) >= most).collect();
+        // All is asked before anything is decided: what an error interrupts is
+        // tried again.
+        let found = match doomed.is_empty() {
+            true => HashMap::new(),
+            false => self.ledger.find(&doomed)?,
+        };
         for mut item in std::mem::take(items) {
             let id = item.id.as_ref().map_or("", MessageId::as_str);
-            // A mark is first made when the message has come back once.
-            let seen = deaths.get(id).filter(|seen| **seen > 0);
-            let seen = seen.map_or(0, |seen| seen.saturating_add(1));
+            let seen = deaths_of(id);
             item.examined = true;
             item.alone |= seen > 0;
-            match seen >= self.shared.consumer.max_deaths {
-                true => doomed.push((item, seen)),
-                false => items.push(item),
+            if seen < most {
+                items.push(item);
+                continue;
             }
+            let known = found.get(id).copied();
+            self.quarantine(item, seen, known);
         }
-        self.quarantine(doomed)
+        Ok(())
     }
 
     /// Dead-letters what its workers died of, unless it took effect after all.
-    fn quarantine(&mut self, doomed: Vec<(Item, u32)>) -> Result<(), Error> {
-        if doomed.is_empty() {
-            return Ok(());
+    fn quarantine(&mut self, mut item: Item, deaths: u32, known: Option<Fingerprint>) {
+        item.marked = true;
+        if let Some(print) = known {
+            let body = item.compare(print);
+            return self.advance(item, Event::Found(body));
         }
-        let ids: Vec<&str> = doomed
-            .iter()
-            .filter_map(|(item, _)| item.id.as_ref().map(MessageId::as_str))
-            .collect();
-        let found = self.ledger.find(&ids)?;
-        for (mut item, deaths) in doomed {
-            item.marked = true;
-            let known = item.id.as_ref().and_then(|id| found.get(id.as_str()));
-            match known.map(|print| item.compare(*print)) {
-                Some(body) => self.advance(item, Event::Found(body)),
-                None => {
-                    item.failure = Some(Failure {
-                        class: Class::Permanent,
-                        code: None,
-                        text: format!("its worker died {deaths} times while it was in work"),
-                        retry_after: None,
-                    });
-                    self.advance(item, Event::Quarantined);
-                }
-            }
-        }
-        Ok(())
+        item.failure = Some(Failure {
+            class: Class::Permanent,
+            code: None,
+            text: format!("its worker died {deaths} times while it was in work"),
+            retry_after: None,
+        });
+        self.advance(item, Event::Quarantined);
     }
 
     /// Marks the redelivered among `items`, before they are run.

@@ -3,73 +3,42 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::RandomState;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use super::fates::Fates;
 use super::force::Forgot;
 use super::hold::take_one;
-use super::way::{HINT, Way};
+use super::sending::Out;
+use super::way::Way;
 use super::{Action, Cut, Event, Hindrance, Line, Order, Report};
 use crate::broker::desk::Ticket;
-use crate::broker::publisher::{Fate, Limits, PublishError, Publisher, Seq};
+use crate::broker::publisher::{Publisher, Seq};
 use crate::config::checked::Config;
 use crate::dead_letter::desk::Desk;
 use crate::dead_letter::filter::Filter;
 use crate::dead_letter::letter::Letter;
 use crate::dead_letter::lookout::{Judged, Lookout};
 use crate::dead_letter::pace::Pace;
-use crate::dead_letter::republish::{self, Origin, Outbound, Stamp};
 use crate::failpoint::{self, Step};
 use crate::ledger::desk::{ActionId, Key};
 use crate::message::hex;
 use crate::stop::Stop;
 
-/// What may be unconfirmed, and how long the broker may block one message.
-const LIMITS: Limits = Limits {
-    messages: 256,
-    bytes: 4 << 20,
-    wait: Duration::from_secs(30),
-};
-
 /// Letters that are looked up at once.
 const LOOKED_UP: u64 = 256;
-
-/// Bodies of this size go alone: should the broker refuse one, and close the
-/// channel over it, it is known which.
-const ALONE_BYTES: usize = 256 * 1024;
-
-/// Longest wait for confirms before something else is looked at.
-pub(super) const LOOK_EVERY: Duration = Duration::from_millis(20);
-
-/// How long a replay waits for the confirms that are out, when it ends or has
-/// to know before it goes on.
-const CONFIRMS_WITHIN: Duration = Duration::from_secs(30);
 
 /// How long a goodbye may take.
 const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
-/// Exchanges that are remembered to be there or not.
-const EXCHANGES_MAX: usize = 1_000;
-
 /// What is shown on RabbitMQ's management pages.
 pub(super) const PURPOSE: &str = "replay";
-
-/// A letter that was published and has no fate yet.
-pub(super) struct Out {
-    ticket: Ticket,
-    /// As it is known among those that are held.
-    alike: u64,
-    judged: Judged,
-    /// Whereto, for humans.
-    route: String,
-}
 
 /// A replay under way.
 pub(super) struct Engine<'a> {
     pub(super) order: &'a Order,
     pub(super) config: &'a Config,
     pub(super) filter: &'a Filter,
-    queue: &'a str,
+    pub(super) queue: &'a str,
     pub(super) stop: &'a Stop,
     pub(super) tell: &'a mut dyn FnMut(Event<'_>),
     /// `None` only while it is opened anew.
@@ -77,12 +46,12 @@ pub(super) struct Engine<'a> {
     pub(super) lookout: Lookout<'a>,
     pub(super) action: ActionId,
     pub(super) run: String,
-    publisher: Option<Publisher>,
+    pub(super) publisher: Option<Publisher>,
     pub(super) pace: Pace,
     /// Letters that were taken and not looked up.
     pub(super) pending: VecDeque<(Letter, Ticket)>,
     pub(super) out: HashMap<Seq, Out>,
-    exchanges: HashMap<String, bool>,
+    pub(super) exchanges: HashMap<String, bool>,
     /// Letters of the frozen depth that were not read yet.
     pub(super) unread: u64,
     /// A letter was dealt with for the first time, or was not asked for, since
@@ -280,12 +249,18 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    fn hinder(&mut self, judged: &Judged, hindrance: Hindrance, why: String) {
+    pub(super) fn hinder(&mut self, judged: &Judged, hindrance: Hindrance, why: String) {
         *self.report.hindered.entry(hindrance).or_default() += 1;
         self.line(judged, Action::Left, Some(hindrance), why);
     }
 
-    fn line(&mut self, judged: &Judged, action: Action, hindrance: Option<Hindrance>, why: String) {
+    pub(super) fn line(
+        &mut self,
+        judged: &Judged,
+        action: Action,
+        hindrance: Option<Hindrance>,
+        why: String,
+    ) {
         let line = Line {
             id: judged.id.as_ref().map(ToString::to_string),
             fingerprint: hex(&judged.fingerprint.0),
@@ -297,184 +272,9 @@ impl<'a> Engine<'a> {
         (self.tell)(Event::Letter(&line));
     }
 
-    fn ack(&mut self, ticket: Ticket, alike: u64) -> Result<(), Cut> {
+    pub(super) fn ack(&mut self, ticket: Ticket, alike: u64) -> Result<(), Cut> {
         self.desk()?.ack(ticket)?;
         take_one(&mut self.held, alike);
-        Ok(())
-    }
-
-    fn publish(&mut self, letter: Letter, ticket: Ticket, judged: Judged) -> Result<(), Cut> {
-        let outbound = self.outbound(&letter)?;
-        let route = route_text(&outbound);
-        // The first one to an exchange goes alone too: it may be denied.
-        let first = !self.exchanges.contains_key(&outbound.exchange);
-        let alone = first || letter.size() >= ALONE_BYTES;
-        if alone {
-            self.drain()?;
-        }
-        self.wait_for_turn()?;
-        if !self.has_exchange(&outbound.exchange)? {
-            let why = format!("there is no exchange {}{HINT}", outbound.exchange);
-            self.hinder(&judged, Hindrance::Unroutable, why);
-            return Ok(());
-        }
-        let to = (outbound.exchange.as_str(), outbound.routing_key.as_str());
-        let body = &letter.message.body;
-        let publisher = self.publisher()?;
-        match publisher.publish_whole(to, body, &outbound.properties) {
-            Ok(seq) => {
-                self.pace.sent(Instant::now());
-                let out = Out {
-                    alike: self.likeness_of(&letter),
-                    ticket,
-                    judged,
-                    route,
-                };
-                self.out.insert(seq, out);
-                failpoint::hit(Step::ReplaySent);
-            }
-            Err(PublishError::Unfit(unfit)) => {
-                self.hinder(&judged, Hindrance::Unfit, unfit.to_string());
-            }
-            Err(PublishError::Lost { cause, .. }) if publisher.was_denied() => {
-                return Err(Cut::Denied { cause });
-            }
-            Err(error @ (PublishError::NoRoom { .. } | PublishError::Lost { .. })) => {
-                return Err(error.into());
-            }
-        }
-        match alone {
-            true => self.drain(),
-            false => self.settle(Duration::ZERO),
-        }
-    }
-
-    fn outbound(&mut self, letter: &Letter) -> Result<Outbound, Cut> {
-        let user = self.publisher()?.user().to_owned();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let stamp = Stamp {
-            run: &self.run,
-            at: now.map_or(0, |now| now.as_secs()),
-            user: &user,
-        };
-        let (exchange, routing_key) = letter.origin();
-        let origin = Origin {
-            exchange,
-            routing_key,
-        };
-        let to = &self.order.destination;
-        Ok(republish::outbound(
-            &letter.properties,
-            origin,
-            to,
-            self.queue,
-            stamp,
-        ))
-    }
-
-    fn publisher(&mut self) -> Result<&mut Publisher, Cut> {
-        if self.publisher.is_none() {
-            let purpose = format!("{} {PURPOSE} publisher", self.queue);
-            let publisher = Publisher::open(&self.config.broker, &purpose, LIMITS)?;
-            self.publisher = Some(publisher);
-        }
-        match &mut self.publisher {
-            Some(publisher) => Ok(publisher),
-            None => Err(no_desk()),
-        }
-    }
-
-    fn has_exchange(&mut self, name: &str) -> Result<bool, Cut> {
-        if let Some(known) = self.exchanges.get(name) {
-            return Ok(*known);
-        }
-        let there = self.publisher()?.has_exchange(name)?;
-        if self.exchanges.len() >= EXCHANGES_MAX {
-            self.exchanges.clear();
-        }
-        self.exchanges.insert(name.to_owned(), there);
-        Ok(there)
-    }
-
-    /// Waits until nothing is unconfirmed.
-    pub(super) fn drain(&mut self) -> Result<(), Cut> {
-        let deadline = Instant::now() + CONFIRMS_WITHIN;
-        while !self.out.is_empty() {
-            if Instant::now() >= deadline {
-                return Err(Cut::Unconfirmed {
-                    within: CONFIRMS_WITHIN,
-                });
-            }
-            self.settle(LOOK_EVERY)?;
-        }
-        Ok(())
-    }
-
-    /// Takes in what the broker says of what was published, waiting `within`
-    /// for the first of it.
-    pub(super) fn settle(&mut self, within: Duration) -> Result<(), Cut> {
-        let Some(publisher) = &mut self.publisher else {
-            return Ok(());
-        };
-        let fates = publisher.wait(within);
-        let lost = publisher.lost().map(str::to_owned);
-        // Over one that is alone it is known which it was.
-        let alone = self.out.len() == 1;
-        let refused = publisher.refused() && alone;
-        let denied = publisher.was_denied();
-        let mut result = Ok(());
-        for (seq, fate) in fates {
-            let Some(out) = self.out.remove(&seq) else {
-                continue;
-            };
-            self.pace.settled(Instant::now());
-            let settled = match (fate, &lost) {
-                (Fate::Unknown, Some(cause)) if refused => {
-                    let cause = cause.clone();
-                    self.hinder(&out.judged, Hindrance::Unfit, cause);
-                    Ok(())
-                }
-                // It went nowhere.
-                (Fate::Unknown, Some(_)) if denied && alone => Ok(()),
-                (fate, _) => self.settle_one(out, &fate),
-            };
-            // The others have their fates all the same.
-            result = result.and(settled);
-        }
-        if let Some(cause) = lost {
-            self.publisher = None;
-            result = result.and(match (refused, denied) {
-                (true, _) => Ok(()),
-                (_, true) => Err(Cut::Denied { cause }),
-                _ => Err(Cut::Lost { cause }),
-            });
-        }
-        result
-    }
-
-    fn settle_one(&mut self, out: Out, fate: &Fate) -> Result<(), Cut> {
-        match fate {
-            Fate::Confirmed => {
-                failpoint::hit(Step::ReplayConfirmed);
-                if let Err(cut) = self.ack(out.ticket, out.alike) {
-                    self.report.unconfirmed += 1;
-                    return Err(cut);
-                }
-                failpoint::hit(Step::ReplayAcked);
-                self.report.replayed += 1;
-                self.fates.watch(&out.judged);
-                self.line(&out.judged, Action::Replayed, None, out.route);
-            }
-            Fate::Returned { text, .. } => {
-                let why = format!("no queue takes what is sent to {}: {text}{HINT}", out.route);
-                self.hinder(&out.judged, Hindrance::Unroutable, why);
-            }
-            Fate::Nacked => {
-                let why = format!("refused by the queue behind {}: is it full?", out.route);
-                self.hinder(&out.judged, Hindrance::Refused, why);
-            }
-            Fate::Unknown => self.report.unconfirmed += 1,
-        }
         Ok(())
     }
 
@@ -482,7 +282,7 @@ impl<'a> Engine<'a> {
     /// came of it all.
     fn end(mut self, result: Result<(), Cut>) -> (Report, Option<Cut>) {
         let mut cut = result.err();
-        if let Err(error) = self.drain() {
+        if let Err(error) = self.drain_shortly() {
             cut = cut.or(Some(error));
         }
         if let Some(publisher) = self.publisher.take() {
@@ -501,16 +301,6 @@ impl<'a> Engine<'a> {
         self.report.canary = self.fates.outcome();
         self.report.cut_short = cut.as_ref().map(ToString::to_string);
         (self.report, cut)
-    }
-}
-
-fn route_text(outbound: &Outbound) -> String {
-    match outbound.exchange.as_str() {
-        "" => format!("queue {}", outbound.routing_key),
-        exchange => format!(
-            "exchange {exchange}, routing key {:?}",
-            outbound.routing_key
-        ),
     }
 }
 

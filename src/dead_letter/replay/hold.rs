@@ -7,7 +7,8 @@ use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
 use super::Cut;
-use super::engine::{Engine, LOOK_EVERY, PURPOSE, no_desk};
+use super::engine::{Engine, PURPOSE, no_desk};
+use super::sending::LOOK_EVERY;
 use crate::dead_letter::letter::Letter;
 use crate::message::REPLAY_HEADER;
 

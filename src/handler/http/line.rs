@@ -318,15 +318,13 @@ struct Patient {
 impl Patient {
     fn patiently<T>(&self, mut act: impl FnMut(&TcpStream) -> io::Result<T>) -> io::Result<T> {
         loop {
+            check(&self.wish, self.until)?;
             match act(&self.tcp) {
                 Err(error)
                     if matches!(
                         error.kind(),
                         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) =>
-                {
-                    check(&self.wish, self.until)?;
-                }
+                    ) => {}
                 done => return done,
             }
         }
