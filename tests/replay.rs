@@ -7,14 +7,6 @@ mod common;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use ackonce::dead_letter::desk::Desk;
-use ackonce::dead_letter::filter::Filter;
-use ackonce::dead_letter::lookout::Lookout;
-use ackonce::dead_letter::replay::{Event, Order, Report, Tools, run};
-use ackonce::dead_letter::republish::Destination;
-use ackonce::ledger::desk::Action as Entry;
-use ackonce::postgres::Session;
-
 use amiquip::{AmqpProperties, AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable};
 use nix::sys::signal::Signal;
 
@@ -475,85 +467,6 @@ fn by_default_no_other_queue_gets_a_message_again() {
     assert_eq!(world.broker.take("audit").len(), 1, "it was asked for");
     daemon.stop();
     world.assert_each_applied_once(&numbered_ids("m", 3));
-}
-
-/// The command as a library call, which can be told to open its queue anew
-/// after each chunk.
-fn replay_opening_anew(world: &World, config: &Config) -> Report {
-    let path = world.write("library.toml", &config.text());
-    let config = ackonce::config::load(&path).unwrap();
-    let consumer = &config.consumers[0];
-    let session = Session::open(&config.postgres, "replay").unwrap();
-    let mut desk = Desk::open(&config, consumer, session, "replay", false).unwrap();
-    let known = ackonce::ledger::replay::registration(desk.session(), ORDERS).unwrap();
-    let entry = Entry {
-        consumer: ORDERS,
-        action: "replay",
-        operator: "a test",
-        because: None,
-        filter: "--all",
-        file: None,
-    };
-    let action = desk.begin(&entry).unwrap();
-    let order = Order {
-        destination: Destination::Queue,
-        limit: None,
-        rate: None,
-        canary: None,
-        beyond_retention: false,
-        force: false,
-        despite_limit: false,
-        hold: Duration::ZERO,
-    };
-    let (_stopper, stop) = ackonce::stop::pair();
-    let tools = Tools {
-        config: &config,
-        desk,
-        lookout: Lookout::new(&config, consumer, &known),
-        action,
-        filter: &Filter::default(),
-        queue: ORDERS,
-        stop: &stop,
-    };
-    let mut tell = |_: Event<'_>| {};
-    let (report, cut) = run(&order, tools, "a run".to_owned(), &mut tell);
-    assert!(cut.is_none(), "{cut:?}");
-    report
-}
-
-fn opens_anew(queue_type: &str, dead_letters: &str) {
-    let world = World::new();
-    let config = judged(&world, queue_type, dead_letters);
-    let daemon = world.run(&config);
-    for some in 0..30 {
-        let nameless = Msg::anonymous().body(format!("nameless {some}"));
-        let named = (0..9).map(|n| Msg::new(&format!("m-{}", some * 9 + n)));
-        world.broker.send(ORDERS, named.chain([nameless]));
-    }
-    wait_for_letters(&world, 300);
-    // The daemon goes on refusing: what is replayed comes back meanwhile.
-    let report = replay_opening_anew(&world, &config);
-    assert_eq!((report.replayed, report.left()), (270, 30), "{report:?}");
-    assert_eq!(report.matched, 300, "none was looked at twice");
-    wait_for_letters(&world, 300);
-    daemon.stop();
-    let letters = world.broker.dead(ORDERS_DEAD);
-    let replays = letters.iter().filter_map(|l| header(l, "ackonce-replays"));
-    assert_eq!(
-        replays.filter(|count| count == "1").count(),
-        270,
-        "each once"
-    );
-}
-
-#[test]
-fn what_is_held_for_long_is_given_back_and_no_letter_is_taken_twice() {
-    opens_anew("quorum", "reject");
-}
-
-#[test]
-fn what_is_held_for_long_is_given_back_to_a_classic_queue_as_well() {
-    opens_anew("classic", "publish");
 }
 
 #[test]

@@ -28,6 +28,9 @@ const CAUSE_WITHIN: Duration = Duration::from_secs(2);
 /// AMQP's reply code for a message that breaks a rule of the broker's.
 const PRECONDITION_FAILED: u16 = 406;
 
+/// AMQP's reply code for an exchange that the user may not publish to.
+const ACCESS_REFUSED: u16 = 403;
+
 /// AMQP's reply code for an exchange that does not exist.
 const NOT_FOUND: u16 = 404;
 
@@ -310,6 +313,13 @@ impl Publisher {
     /// were unconfirmed then does not exist.
     pub(super) fn went_astray(&self) -> bool {
         self.reply == Some(NOT_FOUND)
+    }
+
+    /// True when it is lost because the user may not publish to the exchange of
+    /// one of the messages that were unconfirmed then.
+    #[must_use]
+    pub fn was_denied(&self) -> bool {
+        self.reply == Some(ACCESS_REFUSED)
     }
 
     /// Waits for what is unconfirmed, at most `within`, and closes the

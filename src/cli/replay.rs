@@ -1,28 +1,31 @@
 //! `ackonce replay`: dead letters back to work.
 
+mod print;
+
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::json;
+
+use print::{Teller, print_report, print_survey, survey_line};
 
 use super::desk::{self, DeskArguments, connect, trouble};
 use super::filters::{self, FilterArguments};
-use super::terminal::{Progress, Table, confirm, interruptible, operator};
+use super::terminal::{Progress, confirm, interruptible, operator};
 use super::{Exit, output};
 use crate::broker::publisher::PublishError;
 use crate::config::checked::{Config, Consumer};
 use crate::config::read_duration;
-use crate::dead_letter::canary::{Canary, Outcome};
+use crate::dead_letter::canary::Canary;
 use crate::dead_letter::desk::Desk;
 use crate::dead_letter::filter::Filter;
 use crate::dead_letter::lookout::Lookout;
 use crate::dead_letter::pace::Rate;
 use crate::dead_letter::plan::Standing;
-use crate::dead_letter::replay::{self, Action, Cut, Event, Order, Report, Tools};
+use crate::dead_letter::replay::{self, Cut, Event, Order, Report, Tools};
 use crate::dead_letter::republish::Destination;
-use crate::dead_letter::survey::{self, Survey};
+use crate::dead_letter::survey;
 use crate::ledger;
 use crate::ledger::desk::Action as Entry;
 use crate::random;
@@ -53,7 +56,7 @@ pub struct Arguments {
     filters: FilterArguments,
 
     #[command(flatten)]
-    way: Way,
+    whither: Whither,
 
     #[command(flatten)]
     canary: CanaryArguments,
@@ -92,7 +95,7 @@ pub struct Arguments {
 #[derive(Debug, Clone, Args)]
 #[group(multiple = false)]
 #[command(next_help_heading = "Where to")]
-struct Way {
+struct Whither {
     /// To the consumer's work queue and no other; so it is unless told otherwise
     #[arg(long)]
     to_queue: bool,
@@ -168,14 +171,18 @@ fn help() -> String {
     format!(
         "A letter is published, confirmed, and only then taken out of the dead-letter queue. \
          Nothing that ends a replay loses one; what is in both queues by then is applied once, and \
-         the next replay takes it out. Run it again to go on. Only the letters that are there when \
-         it begins are replayed, each once.\n\n\
+         the next replay takes it out. With --to and --to-origin, what was sent and not yet taken \
+         out may be sent once more by the next replay, and others than this consumer may act on it \
+         twice. Run it again to go on. No more letters are replayed than are there when it begins, \
+         each once.\n\n\
          Before it moves, each letter is looked up: never-applied ones run; already-applied ones \
-         are only taken out; in-progress, beyond-retention, id-conflict and no-id ones are left \
-         where they are.\n\n{}\n\n{}\n\n\
-         --json prints one object a letter: id, fingerprint, standing, why; without --plan also \
-         action (replayed, acknowledged or left) and hindrance (unroutable, refused or unfit); \
-         with --plan also position. At the end {{\"summary\": {{…}}}}.\n\n\
+         are only taken out, unless forced; in-progress, beyond-retention, id-conflict and no-id \
+         ones are left where they are, unless the options say otherwise. --plan heeds the same \
+         options.\n\n{}\n\n{}\n\n\
+         --json prints one object a letter: id, fingerprint, standing, why, and hindrance \
+         (unroutable, refused, unfit or no-origin) if there is one; without --plan also action \
+         (replayed, acknowledged or left); with --plan also position and would (replay, \
+         acknowledge, reprocess or leave). At the end {{\"summary\": {{…}}}}.\n\n\
          Exit status: 0 done, 1 something was left or it ended before its end, 2 bad arguments, 69 \
          a server cannot be reached, 75 somebody else works on these dead letters, or try again \
          later, 77 denied, 78 bad configuration, schema or queue, 130 interrupted.",
@@ -239,12 +246,12 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
 impl Arguments {
     fn order(&self) -> Order {
         Order {
-            destination: match &self.way {
-                Way { to: Some(to), .. } => to.clone(),
-                Way {
+            destination: match &self.whither {
+                Whither { to: Some(to), .. } => to.clone(),
+                Whither {
                     to_origin: true, ..
                 } => Destination::Origin,
-                Way { .. } => Destination::Queue,
+                Whither { .. } => Destination::Queue,
             },
             limit: self.limit.map(NonZeroU64::get),
             rate: self.rate,
@@ -275,25 +282,19 @@ impl Arguments {
 
     fn survey(&self, filter: &Filter, stop: &Stop) -> Result<Exit, Exit> {
         let (config, consumer) = self.desk.load()?;
+        let order = self.order();
+        refuse_circles(&order.destination, &consumer)?;
         let (desk, mut lookout) = self.open(&config, &consumer)?;
-        let limit = self.limit.map(NonZeroU64::get);
         let mut progress = Progress::new("letters looked up", desk.depth());
-        let found = survey::survey(desk, &mut lookout, filter, limit, stop, |letter, judged| {
+        let found = survey::survey(desk, &mut lookout, filter, &order, stop, |prospect| {
             progress.add(1);
             if self.json {
-                let line = json!({
-                    "position": letter.position,
-                    "id": judged.id.as_ref().map(ToString::to_string),
-                    "fingerprint": crate::message::hex(&judged.fingerprint.0),
-                    "standing": judged.verdict.standing,
-                    "why": judged.verdict.why,
-                });
-                output(&format!("{line}\n"));
+                output(&format!("{}\n", survey_line(prospect)));
             }
         });
         progress.finish();
         let found = found.map_err(trouble)?;
-        print_survey(&consumer, &found, self.json);
+        print_survey(&consumer, &order, &found, self.json);
         Ok(Exit::Success)
     }
 
@@ -392,13 +393,29 @@ impl Arguments {
             };
         };
         if report.unconfirmed > 0 {
-            eprintln!(
-                "ackonce: {} letter(s) may be in both queues: they are applied once, and the next \
-                 replay takes them out",
-                report.unconfirmed
-            );
+            let what = in_both(&self.order().destination);
+            eprintln!("ackonce: {} letter(s) {what}", report.unconfirmed);
         }
         Err(status(cut))
+    }
+}
+
+/// What is to be said of letters that were sent and may not have left the
+/// dead-letter queue.
+fn in_both(destination: &Destination) -> &'static str {
+    match destination {
+        Destination::Queue => {
+            "may be in both queues: they are applied once, and the next replay takes them out"
+        }
+        Destination::Origin => {
+            "may be in the dead-letter queue and where they came from: this consumer applies them \
+             once; other queues that are bound there may get them twice, if they are replayed \
+             before this consumer has applied them"
+        }
+        Destination::To { .. } => {
+            "may be in the dead-letter queue and where --to leads: the next replay may send them \
+             there once more, and whoever reads there may act on them twice"
+        }
     }
 }
 
@@ -411,6 +428,7 @@ fn status(cut: Cut) -> Exit {
     match cut {
         Cut::Stopped | Cut::Canary { .. } => Exit::Partial,
         Cut::Connect(error) => connect(&error),
+        Cut::Denied { .. } => Exit::Denied,
         Cut::Publish(PublishError::NoRoom { .. }) | Cut::Unconfirmed { .. } => Exit::TryAgain,
         Cut::Desk(_) | Cut::Publish(_) | Cut::Lost { .. } | Cut::Claims { .. } => Exit::Unreachable,
     }
@@ -431,134 +449,4 @@ fn refuse_circles(destination: &Destination, consumer: &Consumer) -> Result<(), 
         }
         _ => Ok(()),
     }
-}
-
-/// Says what goes on.
-struct Teller {
-    json: bool,
-    progress: Progress,
-    named: u64,
-}
-
-impl Teller {
-    fn new(json: bool, depth: u64) -> Self {
-        Self {
-            json,
-            progress: Progress::new("letters dealt with", depth),
-            named: 0,
-        }
-    }
-
-    fn tell(&mut self, event: &Event<'_>) {
-        match event {
-            Event::Letter(line) => {
-                if self.json {
-                    // Strings and numbers alone: there is nothing that could fail.
-                    let text = serde_json::to_string(line).unwrap_or_default();
-                    output(&format!("{text}\n"));
-                } else if line.action == Action::Left {
-                    self.name(line);
-                }
-                self.progress.add(1);
-            }
-            Event::Step(outcome) => self.progress.say(&step(outcome)),
-        }
-    }
-
-    fn name(&mut self, line: &replay::Line) {
-        self.named += 1;
-        let named = match self.named {
-            few if few <= NAMED_MAX => format!(
-                "ackonce: left {}: {}",
-                printable(&line.name()),
-                printable(&line.why)
-            ),
-            one if one == NAMED_MAX + 1 => {
-                "ackonce: others are left too: --json names them all".to_owned()
-            }
-            _ => return,
-        };
-        self.progress.say(&named);
-    }
-
-    fn finish(self) {
-        self.progress.finish();
-    }
-}
-
-fn step(outcome: &Outcome) -> String {
-    format!(
-        "ackonce: of {} replayed, {} are applied, {} dead again, {} waiting, {} without a trace",
-        outcome.replayed, outcome.applied, outcome.dead_again, outcome.waiting, outcome.unknown
-    )
-}
-
-fn print_survey(consumer: &Consumer, survey: &Survey, json: bool) {
-    let of = |standing| survey.count.of(standing);
-    if json {
-        let counts: serde_json::Map<_, _> = Standing::ALL
-            .into_iter()
-            .map(|standing| (standing.as_str().to_owned(), of(standing).into()))
-            .collect();
-        let summary = json!({ "summary": {
-            "consumer": consumer.name, "queue": consumer.topology.dead_letter_queue,
-            "depth": survey.depth, "matched": survey.count.total(), "standing": counts,
-        }});
-        output(&format!("{summary}\n"));
-        return;
-    }
-    let mut table = Table::new(&["LETTERS", "STANDING", "WHAT A REPLAY DOES"]);
-    for standing in Standing::ALL {
-        table.row(&[
-            &of(standing).to_string(),
-            standing.as_str(),
-            effect(standing),
-        ]);
-    }
-    output(&table.text());
-}
-
-fn effect(standing: Standing) -> &'static str {
-    match standing {
-        Standing::NeverApplied => "replays it",
-        Standing::AlreadyApplied => "takes it out of the queue: it took effect",
-        Standing::InProgress => "leaves it: it is in work, or waits for a retry",
-        Standing::BeyondRetention => "leaves it, unless told --beyond-retention",
-        Standing::IdConflict => "leaves it: another body took effect under its id",
-        Standing::NoId => "leaves it, unless told --to",
-    }
-}
-
-fn print_report(consumer: &Consumer, report: &Report, json: bool) {
-    if json {
-        let mut summary = json!(report);
-        summary["consumer"] = json!(consumer.name);
-        summary["queue"] = json!(consumer.topology.dead_letter_queue);
-        output(&format!("{}\n", json!({ "summary": summary })));
-        return;
-    }
-    let mut text = format!("replayed {}", report.replayed);
-    for (count, what) in [
-        (report.acknowledged, "taken out as applied before"),
-        (report.forgotten, "forgotten first"),
-        (report.left(), "left"),
-        (report.unconfirmed, "without an answer"),
-    ] {
-        if count > 0 {
-            text.push_str(&format!(", {what} {count}"));
-        }
-    }
-    let standings = report
-        .left
-        .iter()
-        .map(|(standing, n)| (standing.as_str(), n));
-    let hindrances = report.hindered.iter().map(|(what, n)| (what.as_str(), n));
-    let why: Vec<String> = standings
-        .chain(hindrances)
-        .map(|(what, count)| format!("{what} {count}"))
-        .collect();
-    if !why.is_empty() {
-        text.push_str(&format!(" ({})", why.join(", ")));
-    }
-    output(&format!("{text}\n"));
 }

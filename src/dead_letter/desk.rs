@@ -11,7 +11,7 @@ use thiserror::Error;
 
 use super::letter::{Death, Letter};
 use crate::broker::desk::{self, DeskError, Handed, Ticket};
-use crate::config::checked::{Config, Consumer};
+use crate::config::checked::{Config, Consumer, Topology};
 use crate::identity;
 use crate::ledger::desk::{self as book, Action, ActionId, Key};
 use crate::postgres::{Error, Session};
@@ -87,6 +87,12 @@ impl<'a> Desk<'a> {
             session,
             read: 0,
         })
+    }
+
+    /// The queues and exchanges of its consumer.
+    #[must_use]
+    pub fn topology(&self) -> &'a Topology {
+        &self.consumer.topology
     }
 
     /// How many letters the queue had when it was opened.

@@ -10,7 +10,9 @@
 mod engine;
 mod fates;
 mod force;
+mod hold;
 mod sending;
+mod way;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,6 +21,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 pub use engine::{Tools, run};
+pub use way::Way;
 
 use super::canary::{Canary, Outcome, Trouble};
 use super::desk;
@@ -74,6 +77,9 @@ pub enum Hindrance {
     Refused,
     /// AMQP or the broker has no room for it.
     Unfit,
+    /// It should go where it came from, and that is not known, or is the
+    /// dead-letter queue.
+    NoOrigin,
 }
 
 impl Hindrance {
@@ -84,6 +90,7 @@ impl Hindrance {
             Self::Unroutable => "unroutable",
             Self::Refused => "refused",
             Self::Unfit => "unfit",
+            Self::NoOrigin => "no-origin",
         }
     }
 }
@@ -190,6 +197,15 @@ pub enum Cut {
     #[error("lost the connection to the broker: {cause}")]
     Lost {
         /// The broker's or the socket's words.
+        cause: String,
+    },
+    /// The user may not publish there.
+    #[error(
+        "the broker does not let the user of [broker] publish there: {cause}\n  hint: permit it to \
+         write to that exchange, or send the letters elsewhere; what was not sent is where it was"
+    )]
+    Denied {
+        /// The broker's words, with exchange and user.
         cause: String,
     },
     /// The broker confirms nothing.

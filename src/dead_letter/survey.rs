@@ -4,7 +4,8 @@ use super::desk::{Desk, Trouble};
 use super::filter::Filter;
 use super::letter::Letter;
 use super::lookout::{Judged, Lookout};
-use super::plan::{Count, Standing};
+use super::plan::Count;
+use super::replay::{Order, Way};
 use crate::stop::Stop;
 
 /// Letters that are looked up at once.
@@ -17,10 +18,25 @@ pub struct Survey {
     pub depth: u64,
     /// Where the letters stand that were asked for.
     pub count: Count,
+    /// Of these, how many would be published if they had an origin.
+    pub barred: u64,
+}
+
+/// What would become of one letter.
+#[derive(Debug)]
+pub struct Prospect<'a> {
+    /// The letter.
+    pub letter: &'a Letter,
+    /// Where it stands.
+    pub judged: &'a Judged,
+    /// What would be done with it.
+    pub way: Way,
+    /// Why it would be left all the same.
+    pub bar: Option<String>,
 }
 
 /// Looks every letter up that `filter` means, tells `each` of it, and gives all
-/// of them back. Ends when `limit` letters would run.
+/// of them back. Ends where a replay by `order` would, at its limit.
 ///
 /// # Errors
 ///
@@ -29,15 +45,17 @@ pub fn survey(
     mut desk: Desk<'_>,
     lookout: &mut Lookout<'_>,
     filter: &Filter,
-    limit: Option<u64>,
+    order: &Order,
     stop: &Stop,
-    mut each: impl FnMut(&Letter, &Judged),
+    mut each: impl FnMut(&Prospect<'_>),
 ) -> Result<Survey, Trouble> {
     let mut survey = Survey {
         depth: desk.depth(),
         ..Survey::default()
     };
-    let limit = limit.unwrap_or(u64::MAX);
+    let limit = order.limit.unwrap_or(u64::MAX);
+    let topology = desk.topology();
+    let mut published = 0;
     let mut look = || -> Result<(), Trouble> {
         loop {
             let letters = desk.next(stop)?;
@@ -52,11 +70,21 @@ pub fn survey(
             for some in meant.chunks(LOOKED_UP) {
                 let judged = lookout.judge(desk.session(), some)?;
                 for (letter, judged) in some.iter().zip(&judged) {
-                    if survey.count.of(Standing::NeverApplied) >= limit {
+                    if published >= limit {
                         return Ok(());
                     }
-                    survey.count.add(judged.verdict.standing);
-                    each(letter, judged);
+                    let standing = judged.verdict.standing;
+                    let way = order.way_of(standing);
+                    let bar = order.bar(letter, topology).filter(|_| way.publishes());
+                    survey.count.add(standing);
+                    survey.barred += u64::from(bar.is_some());
+                    published += u64::from(way.publishes() && bar.is_none());
+                    each(&Prospect {
+                        letter,
+                        judged,
+                        way,
+                        bar,
+                    });
                 }
             }
         }

@@ -2,12 +2,14 @@
 //! confirm, acknowledges.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, RandomState};
+use std::hash::RandomState;
 use std::time::{Duration, Instant};
 
 use super::fates::Fates;
 use super::force::Forgot;
+use super::hold::take_one;
 use super::sending::Out;
+use super::way::Way;
 use super::{Action, Cut, Event, Hindrance, Line, Order, Report};
 use crate::broker::desk::Ticket;
 use crate::broker::publisher::{Publisher, Seq};
@@ -17,11 +19,9 @@ use crate::dead_letter::filter::Filter;
 use crate::dead_letter::letter::Letter;
 use crate::dead_letter::lookout::{Judged, Lookout};
 use crate::dead_letter::pace::Pace;
-use crate::dead_letter::plan::Standing;
-use crate::dead_letter::republish::Destination;
 use crate::failpoint::{self, Step};
 use crate::ledger::desk::{ActionId, Key};
-use crate::message::{REPLAY_HEADER, hex};
+use crate::message::hex;
 use crate::stop::Stop;
 
 /// Letters that are looked up at once.
@@ -37,31 +37,32 @@ pub(super) const PURPOSE: &str = "replay";
 pub(super) struct Engine<'a> {
     pub(super) order: &'a Order,
     pub(super) config: &'a Config,
-    filter: &'a Filter,
+    pub(super) filter: &'a Filter,
     pub(super) queue: &'a str,
     pub(super) stop: &'a Stop,
     pub(super) tell: &'a mut dyn FnMut(Event<'_>),
     /// `None` only while it is opened anew.
-    desk: Option<Desk<'a>>,
+    pub(super) desk: Option<Desk<'a>>,
     pub(super) lookout: Lookout<'a>,
     pub(super) action: ActionId,
     pub(super) run: String,
     pub(super) publisher: Option<Publisher>,
     pub(super) pace: Pace,
     /// Letters that were taken and not looked up.
-    pending: VecDeque<(Letter, Ticket)>,
+    pub(super) pending: VecDeque<(Letter, Ticket)>,
     pub(super) out: HashMap<Seq, Out>,
     pub(super) exchanges: HashMap<String, bool>,
     /// Letters of the frozen depth that were not read yet.
-    unread: u64,
-    /// A letter was read for the first time since the queue was opened anew.
-    fresh: bool,
+    pub(super) unread: u64,
+    /// A letter was dealt with for the first time, or was not asked for, since
+    /// the queue was opened anew.
+    pub(super) fresh: bool,
     /// Letters that were read and are still in the queue, by what is alike in
     /// them, with how many are; and those of them that come once more, since
     /// the queue was opened anew.
-    held: HashMap<u64, u32>,
-    again: HashMap<u64, u32>,
-    likeness: RandomState,
+    pub(super) held: HashMap<u64, u32>,
+    pub(super) again: HashMap<u64, u32>,
+    pub(super) likeness: RandomState,
     pub(super) fates: Fates,
     pub(super) report: Report,
 }
@@ -171,99 +172,26 @@ impl<'a> Engine<'a> {
             // What one did, the next one's look-up has to see.
             most = most.min(1);
         }
-        if most == 0 || !self.refill()? {
+        if most == 0 || !self.hold_some()? {
             return Ok(None);
         }
+        self.fresh = true;
         let most = usize::try_from(most)
             .unwrap_or(usize::MAX)
             .min(self.pending.len());
         Ok(Some(self.pending.drain(..most).collect()))
     }
 
-    /// Takes letters until there is one that is asked for. False when there is
-    /// none.
-    fn refill(&mut self) -> Result<bool, Cut> {
-        while self.pending.is_empty() {
-            if self.unread == 0 {
-                return Ok(false);
-            }
-            // Without a new letter since the last time it would go round.
-            if self.fresh && self.desk()?.held_for() > self.order.hold {
-                self.open_anew()?;
-            }
-            let stop = self.stop;
-            let letters = self.desk()?.next(stop)?;
-            if letters.is_empty() {
-                return Ok(false);
-            }
-            for (letter, ticket) in letters {
-                if self.is_new(&letter) && self.filter.matches(&letter) {
-                    self.report.matched += 1;
-                    self.pending.push_back((letter, ticket));
-                }
-            }
-        }
-        Ok(true)
-    }
-
-    /// Whether a letter was there at the start and was not read before.
-    fn is_new(&mut self, letter: &Letter) -> bool {
-        let run = letter.properties.header(REPLAY_HEADER);
-        if run.and_then(|run| run.as_text()) == Some(&self.run) {
-            // It was replayed a moment ago, and has come back.
-            return false;
-        }
-        let alike = self.likeness_of(letter);
-        *self.held.entry(alike).or_default() += 1;
-        if take_one(&mut self.again, alike) || self.unread == 0 {
-            return false;
-        }
-        self.unread -= 1;
-        self.fresh = true;
-        true
-    }
-
-    pub(super) fn likeness_of(&self, letter: &Letter) -> u64 {
-        self.likeness.hash_one((letter.fingerprint, &letter.id))
-    }
-
-    /// Gives back what is held, before the broker takes it. What was read and
-    /// left comes again then, in some order, with what has arrived since.
-    fn open_anew(&mut self) -> Result<(), Cut> {
-        self.drain()?;
-        let desk = self.desk.take().ok_or_else(no_desk)?;
-        let despite = self.order.despite_limit;
-        self.desk = Some(desk.open_anew(self.config, PURPOSE, despite)?);
-        self.again = std::mem::take(&mut self.held);
-        self.fresh = false;
-        Ok(())
-    }
-
-    /// What is done with a letter that stands there.
-    fn way_of(&self, standing: Standing) -> Way {
-        let order = self.order;
-        let elsewhere = matches!(order.destination, Destination::To { .. });
-        match standing {
-            Standing::NeverApplied => Way::Publish,
-            Standing::AlreadyApplied if order.force => Way::Forget,
-            Standing::AlreadyApplied => Way::Acknowledge,
-            Standing::IdConflict if order.force => Way::Forget,
-            Standing::IdConflict if elsewhere => Way::Publish,
-            Standing::BeyondRetention if order.force => Way::Forget,
-            Standing::BeyondRetention if order.beyond_retention => Way::Publish,
-            Standing::NoId if elsewhere => Way::Publish,
-            Standing::IdConflict
-            | Standing::BeyondRetention
-            | Standing::NoId
-            | Standing::InProgress => Way::Leave,
-        }
-    }
-
     /// Writes down which letters are about to be published or acknowledged.
     fn note(&mut self, letters: &[&Letter], judged: &[Judged]) -> Result<(), Cut> {
-        let acted = letters.iter().zip(judged).filter(|(_, judged)| {
-            let way = self.way_of(judged.verdict.standing);
-            matches!(way, Way::Publish | Way::Acknowledge)
+        let topology = self.desk()?.topology();
+        let acted = letters.iter().zip(judged).filter(|(letter, judged)| {
+            match self.order.way_of(judged.verdict.standing) {
+                Way::Acknowledge => true,
+                Way::Replay => self.order.bar(letter, topology).is_none(),
+                // Written down when it is forgotten.
+                Way::Reprocess | Way::Leave => false,
+            }
         });
         let keys: Vec<Key<'_>> = acted.map(|(letter, _)| letter.key()).collect();
         if keys.is_empty() {
@@ -277,14 +205,22 @@ impl<'a> Engine<'a> {
         if self.stop.is_set() {
             return Err(Cut::Stopped);
         }
-        match self.way_of(judged.verdict.standing) {
+        let way = self.order.way_of(judged.verdict.standing);
+        let topology = self.desk()?.topology();
+        if way.publishes()
+            && let Some(why) = self.order.bar(&letter, topology)
+        {
+            self.hinder(&judged, Hindrance::NoOrigin, why);
+            return Ok(());
+        }
+        match way {
             Way::Leave => {
                 self.leave(&judged);
                 Ok(())
             }
             Way::Acknowledge => self.acknowledge(&letter, ticket, &judged, "it was applied before"),
-            Way::Publish => self.publish(letter, ticket, judged),
-            Way::Forget => match self.forget(&letter, &judged)? {
+            Way::Replay => self.publish(letter, ticket, judged),
+            Way::Reprocess => match self.forget(&letter, &judged)? {
                 Forgot::Yes => self.publish(letter, ticket, judged),
                 Forgot::AtWork => Ok(()),
                 Forgot::AppliedSince => {
@@ -366,28 +302,6 @@ impl<'a> Engine<'a> {
         self.report.cut_short = cut.as_ref().map(ToString::to_string);
         (self.report, cut)
     }
-}
-
-/// What is done with a letter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Publish,
-    Acknowledge,
-    /// Forget its ledger row, then publish it.
-    Forget,
-    Leave,
-}
-
-/// One fewer of them; whether there was one.
-fn take_one(counts: &mut HashMap<u64, u32>, of: u64) -> bool {
-    let Some(count) = counts.get_mut(&of) else {
-        return false;
-    };
-    *count -= 1;
-    if *count == 0 {
-        counts.remove(&of);
-    }
-    true
 }
 
 pub(super) fn no_desk() -> Cut {

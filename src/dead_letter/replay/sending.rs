@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::engine::{Engine, PURPOSE, no_desk};
+use super::way::HINT;
 use super::{Action, Cut, Hindrance};
 use crate::broker::desk::Ticket;
 use crate::broker::publisher::{Fate, Limits, PublishError, Publisher};
@@ -24,7 +25,7 @@ const LIMITS: Limits = Limits {
 const ALONE_BYTES: usize = 256 * 1024;
 
 /// Longest wait for confirms before something else is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// How long a replay waits for the confirms that are out when it has to know
 /// before it goes on; and when it ends before its end.
@@ -33,9 +34,6 @@ const LAST_CONFIRMS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Exchanges that are remembered to be there or not.
 const EXCHANGES_MAX: usize = 1_000;
-
-/// What to do about a letter that no queue takes.
-const HINT: &str = "; --to-queue sends it to the consumer's work queue";
 
 /// A letter that was published and has no fate yet.
 pub(super) struct Out {
@@ -54,13 +52,15 @@ impl Engine<'_> {
         ticket: Ticket,
         judged: Judged,
     ) -> Result<(), Cut> {
-        let alone = letter.size() >= ALONE_BYTES;
+        let outbound = self.outbound(&letter)?;
+        let route = route_text(&outbound);
+        // The first one to an exchange goes alone too: it may be denied.
+        let first = !self.exchanges.contains_key(&outbound.exchange);
+        let alone = first || letter.size() >= ALONE_BYTES;
         if alone {
             self.drain()?;
         }
         self.wait_for_turn()?;
-        let outbound = self.outbound(&letter)?;
-        let route = route_text(&outbound);
         if !self.has_exchange(&outbound.exchange)? {
             let why = format!("there is no exchange {}{HINT}", outbound.exchange);
             self.hinder(&judged, Hindrance::Unroutable, why);
@@ -83,6 +83,9 @@ impl Engine<'_> {
             }
             Err(PublishError::Unfit(unfit)) => {
                 self.hinder(&judged, Hindrance::Unfit, unfit.to_string());
+            }
+            Err(PublishError::Lost { cause, .. }) if publisher.was_denied() => {
+                return Err(Cut::Denied { cause });
             }
             Err(error @ (PublishError::NoRoom { .. } | PublishError::Lost { .. })) => {
                 return Err(error.into());
@@ -141,27 +144,6 @@ impl Engine<'_> {
         Ok(there)
     }
 
-    /// Waits until the rate lets the next one go.
-    fn wait_for_turn(&mut self) -> Result<(), Cut> {
-        loop {
-            let now = Instant::now();
-            let wait = match self.pace.due(now) {
-                Some(due) if due <= now => return Ok(()),
-                Some(due) => due - now,
-                None => LOOK_EVERY,
-            };
-            self.settle(Duration::ZERO)?;
-            let wait = wait.min(LOOK_EVERY);
-            match self.out.is_empty() {
-                true => drop(self.stop.wait(wait)),
-                false => self.settle(wait)?,
-            }
-            if self.stop.is_set() {
-                return Err(Cut::Stopped);
-            }
-        }
-    }
-
     /// Waits until nothing is unconfirmed.
     pub(super) fn drain(&mut self) -> Result<(), Cut> {
         let deadline = Instant::now() + CONFIRMS_WITHIN;
@@ -189,14 +171,16 @@ impl Engine<'_> {
 
     /// Takes in what the broker says of what was published, waiting `within`
     /// for the first of it.
-    fn settle(&mut self, within: Duration) -> Result<(), Cut> {
+    pub(super) fn settle(&mut self, within: Duration) -> Result<(), Cut> {
         let Some(publisher) = &mut self.publisher else {
             return Ok(());
         };
         let fates = publisher.wait(within);
         let lost = publisher.lost().map(str::to_owned);
         // Over one that is alone it is known which it was.
-        let refused = publisher.refused() && self.out.len() == 1;
+        let alone = self.out.len() == 1;
+        let refused = publisher.refused() && alone;
+        let denied = publisher.was_denied();
         let mut result = Ok(());
         for (seq, fate) in fates {
             let Some(out) = self.out.remove(&seq) else {
@@ -209,6 +193,8 @@ impl Engine<'_> {
                     self.hinder(&out.judged, Hindrance::Unfit, cause);
                     Ok(())
                 }
+                // It went nowhere.
+                (Fate::Unknown, Some(_)) if denied && alone => Ok(()),
                 (fate, _) => self.settle_one(out, &fate),
             };
             // The others have their fates all the same.
@@ -216,9 +202,11 @@ impl Engine<'_> {
         }
         if let Some(cause) = lost {
             self.publisher = None;
-            if !refused {
-                result = result.and(Err(Cut::Lost { cause }));
-            }
+            result = result.and(match (refused, denied) {
+                (true, _) => Ok(()),
+                (_, true) => Err(Cut::Denied { cause }),
+                _ => Err(Cut::Lost { cause }),
+            });
         }
         result
     }
