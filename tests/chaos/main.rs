@@ -157,10 +157,12 @@ fn run(servers: &Servers, plan: Plan, name: &str) -> Outcome {
     }
     let explained = checker::explain(&stage, &findings);
     let report = report::write(&stage, &findings, &sums, &explained, length);
+    // Its lock is gone when the faults are counted.
+    let tally = stage.tally.lock().expect("the tally").clone();
     Outcome {
         lasted: begun.elapsed(),
         broken_for: length,
-        tally: stage.tally.lock().expect("the tally").clone(),
+        tally,
         seen: stage.seen(),
         findings,
         sums,
