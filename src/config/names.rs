@@ -41,8 +41,12 @@ impl Names {
             );
             return;
         }
+        let taken = matches!(self.queues.get(&queue.value), Some((Role::Work, _)));
         self.enter_queue(section, &queue.value, queue.span, Role::Work);
-        self.enter_queue(section, &dead.value, dead.span, Role::DeadLetter);
+        // With one work queue, which is reported, the names made of it are one too.
+        if !taken {
+            self.enter_queue(section, &dead.value, dead.span, Role::DeadLetter);
+        }
     }
 
     /// A queue where messages wait for their retry, of the consumer at `span`.
