@@ -592,6 +592,6 @@ mod tests {
         let grown: Vec<u16> = [0; 7].map(&mut after).to_vec();
         assert_eq!(grown, [4, 8, 16, 32, 64, 128, 128]);
         assert_eq!(after(CHUNK_BYTES + 1), 1);
-        assert_eq!(after(0), 1);
+        assert_eq!(after(0), 2);
     }
 }
