@@ -1,9 +1,10 @@
 //! Every default, and the bounds of everything that has bounds: the one place
 //! for both. The shipped `config.toml` is tested against it.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use super::checked::{DeadLetters, Identity, QueueType, TopologyMode};
+use super::checked::{DeadLetters, Identity, LogFormat, QueueType, TopologyMode};
 
 /// What a number or a duration is when nothing is said, and the least and most
 /// it may be.
@@ -73,6 +74,15 @@ pub const SHUTDOWN_TIMEOUT: Setting<Duration> = setting(ms(25 * SECOND), ms(100)
 pub const RECONNECT_MIN: Setting<Duration> = setting(ms(100), ms(10), ms(MINUTE));
 /// `[daemon] reconnect_max`
 pub const RECONNECT_MAX: Setting<Duration> = setting(ms(10 * SECOND), ms(10), ms(10 * MINUTE));
+
+/// `[admin] enabled`
+pub const ADMIN_ENABLED: bool = true;
+/// `[admin] listen`
+pub const ADMIN_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9478);
+/// `[admin] stall_after`
+pub const STALL_AFTER: Setting<Duration> = setting(ms(5 * MINUTE), ms(SECOND), ms(DAY));
+/// `[log] format`
+pub const LOG_FORMAT: LogFormat = LogFormat::Text;
 
 /// Longest `[[consumer]] name`, in characters.
 pub const CONSUMER_NAME_MAX: usize = 64;
