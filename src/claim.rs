@@ -5,23 +5,28 @@
 //! Redis costs speed alone. A key is
 //! `PREFIX:LEDGER_ID:CONSUMER:MESSAGE_ID`; its value is `c:TOKEN` while
 //! somebody works on the id and `d:FINGERPRINT` once it is in the ledger.
+//!
+//! A worker that Redis fails leaves it for the whole consumer ([`Switches`]).
+//! From then on nobody asks but the consumer's [`Renewer`], which finds out
+//! when it is back: an outage costs each worker one wait at most.
+
+mod link;
+mod renewal;
+mod switches;
+
+pub mod desk;
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
-use redis::{
-    Client, Connection, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisError, Value,
-};
+use redis::{Pipeline, Value};
 
-use crate::backoff::Backoff;
 use crate::config::checked;
 use crate::message::{Fingerprint, MessageId, hex};
-use crate::random;
+use link::{Link, NO_ANSWER};
 
-/// First and longest wait before a Redis that failed is asked again.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+pub use renewal::Renewer;
+pub use switches::{Counts, Switches};
 
 const RELEASE: &str = "if redis.call('get', KEYS[1]) == ARGV[1] \
      then return redis.call('del', KEYS[1]) else return 0 end";
@@ -37,6 +42,8 @@ pub enum Claim {
     Held,
     /// It is in the ledger, with this fingerprint.
     Done(Fingerprint),
+    /// Redis cannot say, for this id: the ledger alone decides.
+    Unknown,
 }
 
 /// Tells one claim from every other, so that it is released and renewed only
@@ -104,18 +111,32 @@ pub struct Claims {
 }
 
 impl Claims {
-    /// Does not connect yet.
+    /// Those of a consumer's `workers`, which share its [`Switches`]. Does not
+    /// connect yet.
     ///
     /// # Errors
     ///
     /// When the URL cannot be read, or there is no randomness.
-    pub fn new(
+    pub fn for_workers(
+        workers: usize,
         redis: &checked::Redis,
         claim: &checked::Claim,
         consumer: &str,
+    ) -> anyhow::Result<Vec<Self>> {
+        let switches = Arc::new(Switches::new(consumer));
+        (0..workers)
+            .map(|_| Self::new(redis, claim, consumer, &switches))
+            .collect()
+    }
+
+    fn new(
+        redis: &checked::Redis,
+        claim: &checked::Claim,
+        consumer: &str,
+        switches: &Arc<Switches>,
     ) -> anyhow::Result<Self> {
         Ok(Self {
-            link: Link::new(redis, consumer)?,
+            link: Link::new(redis, switches)?,
             config: claim.clone(),
             prefix: redis.key_prefix.clone(),
             consumer: consumer.to_owned(),
@@ -124,6 +145,12 @@ impl Claims {
             tokens: Tokens::new()?,
             shelf: Shelf::default(),
         })
+    }
+
+    /// When the consumer left Redis and came back.
+    #[must_use]
+    pub fn switches(&self) -> &Arc<Switches> {
+        &self.link.switches
     }
 
     /// The ledger whose marks are believed: a mark of any other lies under
@@ -136,11 +163,11 @@ impl Claims {
     }
 
     /// Claims `ids`, in one pipeline. `None` when Redis cannot be asked, or is
-    /// not asked because it failed a moment ago.
+    /// not asked because it is away.
     pub fn claim(&mut self, ids: &[&MessageId]) -> Option<(Token, Vec<Claim>)> {
         let token = self.tokens.next();
         let keys: Vec<String> = ids.iter().map(|id| self.key(id)).collect();
-        let mut pipeline = redis::Pipeline::with_capacity(keys.len());
+        let mut pipeline = Pipeline::with_capacity(keys.len());
         let (value, lease) = (token.value(), milliseconds(self.config.lease));
         for key in &keys {
             let set = pipeline.cmd("SET").arg(key).arg(&value);
@@ -149,8 +176,11 @@ impl Claims {
         // Counted from before the request: the lease runs from some time
         // after this, never from before it.
         let asked = Instant::now();
-        let answers: Vec<Option<Vec<u8>>> = self.link.query(&pipeline)?;
-        let claims: Vec<Claim> = answers.iter().map(|a| read(a.as_deref())).collect();
+        let answers = self.link.query(&pipeline)?;
+        if answers.iter().any(|answer| !is_value(answer)) {
+            self.link.give_up_now(NO_ANSWER);
+        }
+        let claims: Vec<Claim> = answers.iter().map(|a| read(a, &value)).collect();
         let won: Vec<String> = keys
             .into_iter()
             .zip(&claims)
@@ -172,14 +202,14 @@ impl Claims {
         if done.is_empty() {
             return;
         }
-        let mut pipeline = redis::Pipeline::with_capacity(done.len());
+        let mut pipeline = Pipeline::with_capacity(done.len());
         let ttl = milliseconds(self.config.done_ttl);
         for (id, print) in done {
             let mark = ["d:", &hex(&print.0)].concat();
             let set = pipeline.cmd("SET").arg(self.key(id)).arg(mark);
-            set.arg("PX").arg(ttl).ignore();
+            set.arg("PX").arg(ttl);
         }
-        self.link.query::<Value>(&pipeline);
+        self.link.query(&pipeline);
     }
 
     /// Gives claims back that are still the ones made with `token`.
@@ -187,17 +217,16 @@ impl Claims {
         if ids.is_empty() {
             return;
         }
-        let mut pipeline = redis::Pipeline::with_capacity(ids.len());
+        let mut pipeline = Pipeline::with_capacity(ids.len());
         for id in ids {
             pipeline
                 .cmd("EVAL")
                 .arg(RELEASE)
                 .arg(1)
                 .arg(self.key(id))
-                .arg(token.value())
-                .ignore();
+                .arg(token.value());
         }
-        self.link.query::<Value>(&pipeline);
+        self.link.query(&pipeline);
     }
 
     /// Ends the renewal of what was claimed with `token`.
@@ -207,161 +236,6 @@ impl Claims {
 
     fn key(&self, id: &MessageId) -> String {
         [self.stem.as_str(), id.as_str()].concat()
-    }
-}
-
-/// The thread that renews the claims of a consumer's workers.
-#[derive(Debug)]
-pub struct Renewer {
-    thread: JoinHandle<()>,
-}
-
-impl Renewer {
-    /// Renews what `claims` hold until `stop` is disconnected.
-    ///
-    /// # Errors
-    ///
-    /// When the thread cannot be started, or the URL cannot be read.
-    pub fn start(
-        redis: &checked::Redis,
-        claim: &checked::Claim,
-        consumer: &str,
-        claims: &[Claims],
-        stop: Receiver<()>,
-    ) -> anyhow::Result<Self> {
-        let mut link = Link::new(redis, consumer)?;
-        let shelves: Vec<Shelf> = claims.iter().map(|c| Arc::clone(&c.shelf)).collect();
-        let claim = claim.clone();
-        let consumer = consumer.to_owned();
-        let tick = (claim.renew_every / 4).max(Duration::from_millis(10));
-        let thread = std::thread::Builder::new()
-            .name(format!("{consumer}-renew"))
-            .spawn(move || {
-                while stop.recv_timeout(tick) == Err(RecvTimeoutError::Timeout) {
-                    for held in due(&shelves, claim.renew_every) {
-                        renew(&mut link, &held, claim.lease, &consumer);
-                    }
-                }
-            })?;
-        Ok(Self { thread })
-    }
-
-    /// Waits for the thread, whose `stop` must be disconnected by now. It may
-    /// take as long as one reply of Redis.
-    pub fn join(self) {
-        if self.thread.join().is_err() {
-            log::error!("the claim renewal thread panicked");
-        }
-    }
-}
-
-/// Takes what is to be renewed now, and sets when it is to be renewed next.
-fn due(shelves: &[Shelf], renew_every: Duration) -> Vec<Held> {
-    let now = Instant::now();
-    let mut due = Vec::new();
-    for shelf in shelves {
-        for held in lock(shelf).iter_mut().filter(|held| held.renew_at <= now) {
-            held.renew_at = now + renew_every;
-            due.push(held.clone());
-        }
-    }
-    due
-}
-
-fn renew(link: &mut Link, held: &Held, lease: Duration, consumer: &str) {
-    let mut pipeline = redis::Pipeline::with_capacity(held.keys.len());
-    for key in &held.keys {
-        pipeline
-            .cmd("EVAL")
-            .arg(RENEW)
-            .arg(1)
-            .arg(key)
-            .arg(held.token.value())
-            .arg(milliseconds(lease));
-    }
-    let Some(renewed) = link.query::<Vec<i64>>(&pipeline) else {
-        return;
-    };
-    let lost = renewed.iter().filter(|answer| **answer == 0).count();
-    if lost > 0 {
-        // Not an error: a batch that ended meanwhile has marked its ids done.
-        log::debug!(consumer = consumer, claims = lost; "claims were gone when they were to be renewed");
-    }
-}
-
-/// A connection that comes back by itself, and is left alone for a while
-/// after it failed.
-struct Link {
-    client: Client,
-    connect_timeout: Duration,
-    timeout: Duration,
-    consumer: String,
-    connection: Option<Connection>,
-    failures: u32,
-    retry_at: Option<Instant>,
-}
-
-impl Link {
-    fn new(redis: &checked::Redis, consumer: &str) -> anyhow::Result<Self> {
-        Ok(Self {
-            client: client(redis)?,
-            connect_timeout: redis.connect_timeout,
-            timeout: redis.timeout,
-            consumer: consumer.to_owned(),
-            connection: None,
-            failures: 0,
-            retry_at: None,
-        })
-    }
-
-    /// The answers, or `None` when Redis is to be gone without.
-    fn query<T: redis::FromRedisValue>(&mut self, pipeline: &redis::Pipeline) -> Option<T> {
-        if self.retry_at.is_some_and(|at| Instant::now() < at) {
-            return None;
-        }
-        match self.try_query(pipeline) {
-            Ok(answers) => {
-                if self.failures > 0 {
-                    log::info!(consumer = self.consumer.as_str(); "Redis is back: claims are used again");
-                }
-                self.failures = 0;
-                self.retry_at = None;
-                Some(answers)
-            }
-            Err(error) => {
-                self.fail(&error);
-                None
-            }
-        }
-    }
-
-    fn try_query<T: redis::FromRedisValue>(
-        &mut self,
-        pipeline: &redis::Pipeline,
-    ) -> Result<T, RedisError> {
-        let connection = match &mut self.connection {
-            Some(connection) => connection,
-            none => {
-                let connection = self
-                    .client
-                    .get_connection_with_timeout(self.connect_timeout)?;
-                connection.set_read_timeout(Some(self.timeout))?;
-                connection.set_write_timeout(Some(self.timeout))?;
-                none.insert(connection)
-            }
-        };
-        pipeline.query(connection)
-    }
-
-    fn fail(&mut self, error: &RedisError) {
-        // A reply that comes late would be taken for the next one's.
-        self.connection = None;
-        if self.failures == 0 {
-            log::warn!(consumer = self.consumer.as_str(); "Redis does not answer, going on with the ledger alone: {error}");
-        }
-        let backoff = Backoff::new(RETRY.0, RETRY.1);
-        self.retry_at = Some(Instant::now() + backoff.delay(self.failures, random::draw()));
-        self.failures = self.failures.saturating_add(1);
     }
 }
 
@@ -380,11 +254,11 @@ pub struct ServerInfo {
 ///
 /// When the server cannot be reached or does not let the daemon in.
 pub fn inspect(redis: &checked::Redis) -> anyhow::Result<ServerInfo> {
-    let mut connection = client(redis)?.get_connection_with_timeout(redis.connect_timeout)?;
-    connection.set_read_timeout(Some(redis.timeout))?;
+    let client = link::client(redis)?;
+    let mut connection = link::connect(&client, redis.connect_timeout, redis.timeout)?;
     let info: redis::InfoDict = redis::cmd("INFO").arg("server").query(&mut connection)?;
     let memory: redis::InfoDict = redis::cmd("INFO").arg("memory").query(&mut connection)?;
-    let probe = format!("{}:check", redis.key_prefix);
+    let probe = link::probe_key(&redis.key_prefix);
     let _: Option<String> = redis::cmd("SET")
         .arg(&probe)
         .arg("c:check")
@@ -405,31 +279,30 @@ pub fn inspect(redis: &checked::Redis) -> anyhow::Result<ServerInfo> {
     })
 }
 
-fn client(redis: &checked::Redis) -> anyhow::Result<Client> {
-    // redis's own error may quote the URL, and with it the password.
-    let info: ConnectionInfo = redis
-        .url
-        .expose()
-        .into_connection_info()
-        .map_err(|_| anyhow::anyhow!("failed to read the Redis URL: see `ackonce check`"))?;
-    let info = match info.addr() {
-        ConnectionAddr::Unix(_) => info,
-        _ => {
-            let tcp = info.tcp_settings().clone().set_nodelay(true);
-            info.set_tcp_settings(tcp)
-        }
-    };
-    Ok(Client::open(info)?)
+/// Whether `answer` can be one to SET with NX and GET.
+fn is_value(answer: &Value) -> bool {
+    matches!(
+        answer,
+        Value::Nil | Value::BulkString(_) | Value::ServerError(_)
+    )
 }
 
-fn read(value: Option<&[u8]>) -> Claim {
-    let Some(value) = value else {
-        return Claim::Won;
+/// `mine` is the value that was to be set.
+fn read(answer: &Value, mine: &str) -> Claim {
+    let value = match answer {
+        Value::Nil => return Claim::Won,
+        Value::BulkString(value) => value.as_slice(),
+        _ => return Claim::Unknown,
     };
+    if value == mine.as_bytes() {
+        // Asked for twice, because the connection was lost in between.
+        return Claim::Won;
+    }
     match value.strip_prefix(b"d:").and_then(unhex) {
         Some(print) => Claim::Done(print),
-        // Whatever else stands there is not ours, and not a mark.
-        None => Claim::Held,
+        None if value.starts_with(b"c:") => Claim::Held,
+        // Not ours. What waited for it to go might wait for ever.
+        None => Claim::Unknown,
     }
 }
 
@@ -461,11 +334,21 @@ mod tests {
     fn only_a_whole_mark_is_a_mark() {
         let print = Fingerprint([0xA5; 32]);
         let mark = format!("d:{}", hex(&print.0));
-        assert_eq!(read(None), Claim::Won);
-        assert_eq!(read(Some(mark.as_bytes())), Claim::Done(print));
-        for other in ["c:token", "d:", "d:a5", "", "done", &mark[1..], &mark[..65]] {
-            assert_eq!(read(Some(other.as_bytes())), Claim::Held, "{other:?}");
+        let read = |value: &str| read(&Value::BulkString(value.into()), "c:mine");
+        assert_eq!(read(&mark), Claim::Done(print));
+        for other in ["d:", "d:a5", "", "done", &mark[1..], &mark[..65]] {
+            assert_eq!(read(other), Claim::Unknown, "{other:?}");
         }
+    }
+
+    #[test]
+    fn what_stands_there_already_is_ours_or_anothers() {
+        let read = |value: &Value| read(value, "c:mine");
+        assert_eq!(read(&Value::Nil), Claim::Won);
+        assert_eq!(read(&Value::BulkString(b"c:mine".into())), Claim::Won);
+        assert_eq!(read(&Value::BulkString(b"c:mine2".into())), Claim::Held);
+        assert_eq!(read(&Value::Okay), Claim::Unknown);
+        assert!(!is_value(&Value::Okay));
     }
 
     #[test]

@@ -8,6 +8,9 @@
 //!
 //! `ACKONCE_POISON=TEXT`: the process kills itself before the handler is run
 //! with a body that holds TEXT. `ACKONCE_POISON_PANIC=TEXT`: the worker panics.
+//!
+//! `ACKONCE_MUTANT=NAME`: the daemon breaks one rule of the protocol, so that
+//! `tests/chaos` can prove that it would notice.
 
 /// The steps of the pipeline after which the process can be made to die.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,12 +25,58 @@ pub enum Step {
     Applied,
     /// COMMIT has returned.
     Committed,
+    /// The claims of a keyed handler stand in the ledger, committed.
+    Leased,
+    /// A keyed handler has succeeded, and nobody knows yet.
+    Called,
+    /// The claims have become ledger rows, committed.
+    Done,
     /// Redis has been told that the ids are done.
     Marked,
     /// The broker connection has been told.
     Settled,
     /// Reasons stand in the failure journal, nothing rejected yet.
     Journaled,
+    /// A replay has taken letters and looked none up.
+    ReplayTaken,
+    /// A replay has handed a letter to the broker.
+    ReplaySent,
+    /// A replayed letter is confirmed, and not acknowledged.
+    ReplayConfirmed,
+    /// A replayed letter is acknowledged.
+    ReplayAcked,
+    /// A claim is seized so that its ledger row can be forgotten.
+    ForceSeized,
+    /// The ledger row is forgotten, the claim still held.
+    ForceForgotten,
+}
+
+/// A rule of the protocol that a test has the daemon break. Those of
+/// `tests/model.rs`, by the same names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutant {
+    /// `held-claim`: a held claim treated as a duplicate.
+    HeldClaim,
+    /// `without-ledger`: working without the ledger.
+    WithoutLedger,
+    /// `early-ack`: an ack before the commit.
+    EarlyAck,
+    /// `effect-outside`: an effect outside the ledger's transaction.
+    EffectOutside,
+    /// `stale-ack`: a stale ack on a new connection.
+    StaleAck,
+    /// `early-mark`: a done mark before the commit.
+    EarlyMark,
+    /// `trusted-commit`: an unanswered commit taken for committed.
+    TrustedCommit,
+}
+
+/// Whether a test has the daemon break this rule: never, without the feature.
+#[cfg(not(feature = "failpoints"))]
+#[inline]
+#[must_use]
+pub const fn mutant(_: Mutant) -> bool {
+    false
 }
 
 /// Dies or waits here if a test asked for it.
@@ -41,7 +90,7 @@ pub fn hit(_: Step) {}
 pub fn meet(_: &[u8]) {}
 
 #[cfg(feature = "failpoints")]
-pub use armed::{hit, meet};
+pub use armed::{hit, meet, mutant};
 
 #[cfg(feature = "failpoints")]
 mod armed {
@@ -50,7 +99,7 @@ mod armed {
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::time::Duration;
 
-    use super::Step;
+    use super::{Mutant, Step};
 
     struct Failpoint {
         name: String,
@@ -94,6 +143,32 @@ mod armed {
             die();
         }
         assert!(!holds(frightening), "a test asked for a panic");
+    }
+
+    /// Whether a test has the daemon break this rule.
+    ///
+    /// # Panics
+    ///
+    /// When the test names a mutant that there is not: a run of it would prove
+    /// nothing.
+    #[must_use]
+    pub fn mutant(mutant: Mutant) -> bool {
+        static CHOSEN: OnceLock<Option<Mutant>> = OnceLock::new();
+        let chosen = CHOSEN.get_or_init(|| {
+            let name = std::env::var("ACKONCE_MUTANT").ok()?;
+            let known = match name.as_str() {
+                "held-claim" => Mutant::HeldClaim,
+                "without-ledger" => Mutant::WithoutLedger,
+                "early-ack" => Mutant::EarlyAck,
+                "effect-outside" => Mutant::EffectOutside,
+                "stale-ack" => Mutant::StaleAck,
+                "early-mark" => Mutant::EarlyMark,
+                "trusted-commit" => Mutant::TrustedCommit,
+                _ => panic!("no mutant is called {name:?}"),
+            };
+            Some(known)
+        });
+        *chosen == Some(mutant)
     }
 
     fn die() {

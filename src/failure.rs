@@ -38,18 +38,33 @@ impl fmt::Display for Class {
     }
 }
 
-/// What a consumer's configuration says about codes, instead of the tables:
-/// whole codes, or beginnings of codes such as the two characters of a
-/// SQLSTATE class. The longest that fits decides.
+/// What a consumer's configuration says about codes, instead of the tables,
+/// and what each of its codes fits. The longest that fits decides.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Overrides(pub Vec<(String, Class)>);
+pub struct Overrides(pub Vec<(String, Class)>, pub Fit);
+
+/// Which codes a code of [`Overrides`] fits, beside itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fit {
+    /// All that begin with it, as a class of SQLSTATEs does.
+    #[default]
+    Beginning,
+    /// All that begin with it and a space: `signal` fits `signal 9`, and `1`
+    /// does not fit `126`.
+    Words,
+}
 
 impl Overrides {
     /// The class that the configuration gives `code`, if it does.
     #[must_use]
     pub fn class_of(&self, code: &str) -> Option<Class> {
+        let whole = |start: &str| match code.strip_prefix(start) {
+            Some(rest) => rest.is_empty() || rest.starts_with(' '),
+            None => false,
+        };
+        let rows = self.0.iter().map(|(start, class)| (start.as_str(), *class));
         longest(
-            self.0.iter().map(|(start, class)| (start.as_str(), *class)),
+            rows.filter(|(start, _)| self.1 == Fit::Beginning || whole(start)),
             code,
         )
     }
@@ -213,6 +228,11 @@ pub const HTTP: Table = Table {
         row("tls", Class::Systemic, "TLS failed"),
         row("timeout", Class::Transient, "connected, but no answer yet"),
         row("broken", Class::Transient, "connection lost on the way"),
+        row(
+            "header",
+            Class::Permanent,
+            "a header of the message that HTTP cannot carry",
+        ),
     ],
     other: row("", Class::Transient, "an answer that has no meaning"),
 };
@@ -230,6 +250,11 @@ pub const EXITS: Table = Table {
         row("start", Class::Systemic, "the program was not started"),
         row("signal", Class::Transient, "killed"),
         row("timeout", Class::Transient, "killed after its time"),
+        row(
+            "broken",
+            Class::Transient,
+            "it ended, or answered what has no meaning (`mode = \"stream\"`)",
+        ),
     ],
     other: row("", Class::Transient, "any other failure"),
 };
@@ -262,6 +287,8 @@ pub enum HttpFailure {
     Timeout,
     /// The connection was lost before the whole answer had come.
     Broken,
+    /// The message has a header that HTTP cannot carry: nothing was sent.
+    Header,
 }
 
 impl HttpFailure {
@@ -275,6 +302,7 @@ impl HttpFailure {
             Self::Tls => "tls".to_owned(),
             Self::Timeout => "timeout".to_owned(),
             Self::Broken => "broken".to_owned(),
+            Self::Header => "header".to_owned(),
         }
     }
 
@@ -305,8 +333,10 @@ pub enum ExitFailure {
     Signal(i32),
     /// It did not end in time, and its process group was killed.
     Timeout,
-    /// It could not be started.
+    /// It could not be started, or did not get ready.
     Start,
+    /// It was to answer, and ended or answered what has no meaning.
+    Broken,
 }
 
 impl ExitFailure {
@@ -318,6 +348,7 @@ impl ExitFailure {
             Self::Signal(signal) => format!("signal {signal}"),
             Self::Timeout => "timeout".to_owned(),
             Self::Start => "start".to_owned(),
+            Self::Broken => "broken".to_owned(),
         }
     }
 
@@ -447,6 +478,7 @@ mod tests {
             (HttpFailure::Tls, Class::Systemic),
             (HttpFailure::Timeout, Class::Transient),
             (HttpFailure::Broken, Class::Transient),
+            (HttpFailure::Header, Class::Permanent),
         ] {
             assert_eq!(failure.class(), class, "{failure:?}");
             let rows = HTTP.rows.iter().filter(|row| row.code == failure.code());
@@ -469,6 +501,7 @@ mod tests {
             (ExitFailure::Signal(-1), Class::Transient),
             (ExitFailure::Timeout, Class::Transient),
             (ExitFailure::Start, Class::Systemic),
+            (ExitFailure::Broken, Class::Transient),
         ] {
             assert_eq!(failure.class(), class, "{failure:?}");
             let code = failure.code();
@@ -479,11 +512,12 @@ mod tests {
 
     #[test]
     fn the_longest_code_that_the_configuration_names_decides() {
-        let overrides = Overrides(vec![
+        let overrides = vec![
             ("23505".to_owned(), Class::Permanent),
             ("23".to_owned(), Class::Systemic),
             ("P0001".to_owned(), Class::Transient),
-        ]);
+        ];
+        let overrides = Overrides(overrides, Fit::Beginning);
         for (code, class) in [
             ("23505", Some(Class::Permanent)),
             ("23503", Some(Class::Systemic)),
@@ -491,6 +525,28 @@ mod tests {
             ("P0002", None),
             ("2", None),
             ("", None),
+        ] {
+            assert_eq!(overrides.class_of(code), class, "{code}");
+        }
+    }
+
+    #[test]
+    fn an_exit_status_fits_itself_alone_and_a_word_all_its_kind() {
+        let overrides = vec![
+            ("1".to_owned(), Class::Permanent),
+            ("12".to_owned(), Class::Systemic),
+            ("signal".to_owned(), Class::Permanent),
+            ("signal 9".to_owned(), Class::Systemic),
+        ];
+        let overrides = Overrides(overrides, Fit::Words);
+        for (code, class) in [
+            ("1", Some(Class::Permanent)),
+            ("12", Some(Class::Systemic)),
+            ("126", None),
+            ("signal 9", Some(Class::Systemic)),
+            ("signal 15", Some(Class::Permanent)),
+            ("signal 99", Some(Class::Permanent)),
+            ("signals", None),
         ] {
             assert_eq!(overrides.class_of(code), class, "{code}");
         }
@@ -534,9 +590,9 @@ mod tests {
                 _ => Class::Systemic,
             };
             let mut rows: Vec<_> = starts.iter().map(|(s, n)| (s.clone(), class(*n))).collect();
-            let forward = Overrides(rows.clone()).class_of(&code);
+            let forward = Overrides(rows.clone(), Fit::Beginning).class_of(&code);
             rows.reverse();
-            prop_assert_eq!(forward, Overrides(rows).class_of(&code));
+            prop_assert_eq!(forward, Overrides(rows, Fit::Beginning).class_of(&code));
             let fits = starts.keys().any(|start| code.starts_with(start.as_str()));
             prop_assert_eq!(forward.is_some(), fits);
         }

@@ -4,6 +4,7 @@
 //! A key is never guessed: where the consumer's `identity` finds nothing
 //! usable, the message is dead-lettered with the reason.
 
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -29,6 +30,29 @@ pub fn identify(message: &Message, identity: &Identity) -> Result<MessageId, Dea
         Identity::Body => MessageId::new(&hex(&fingerprint(&message.body).0)),
     };
     found.ok_or(DeadReason::MissingId)
+}
+
+/// What an id keeps in [`idempotency_key`]: visible ASCII, without what quotes,
+/// separates or encodes.
+const KEY_ENCODED: &AsciiSet = &CONTROLS
+    .add(b' ')
+    .add(b'"')
+    .add(b'%')
+    .add(b',')
+    .add(b';')
+    .add(b'\\');
+
+/// The key that a receiver outside is handed for a message: `CONSUMER:ID`, the
+/// id percent-encoded (RFC 3986) where it has other than visible ASCII or one of
+/// `" % , ; \`. Two messages have the same key only if consumer and id are the
+/// same. At most 830 bytes; an id of letters, digits, `-`, `.`, `_` and the like
+/// stands as it is.
+#[must_use]
+pub fn idempotency_key(consumer: &str, id: &MessageId) -> String {
+    format!(
+        "{consumer}:{}",
+        utf8_percent_encode(id.as_str(), KEY_ENCODED)
+    )
 }
 
 /// SHA-256 of a body of any length, the empty one included.

@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use sqlx::Row;
 
-use crate::broker::connection;
+use crate::broker::connection::{Dial, Link};
 use crate::broker::topology::{self, TopologyError};
 use crate::claim;
 use crate::config::checked;
+use crate::handler::command;
+use crate::handler::http::HttpHandler;
 use crate::handler::sql::SqlHandler;
 use crate::ledger::{self, Schema};
 use crate::postgres::{Error, Session};
@@ -70,7 +72,31 @@ pub fn servers(config: &checked::Config) -> Vec<Finding> {
     postgres(config, &mut findings);
     redis(config, &mut findings);
     broker(config, &mut findings);
+    receivers(config, &mut findings);
     findings.0
+}
+
+/// Connects to the receivers, and sends them nothing; starts no program.
+fn receivers(config: &checked::Config, findings: &mut Findings) {
+    for consumer in &config.consumers {
+        let effect = consumer.handler.effect();
+        let subject = format!("effect of {}", consumer.name);
+        let text = format!("{effect}: {}", effect.promise());
+        findings.add(&subject, Severity::Good, text);
+        let subject = format!("handler of {}", consumer.name);
+        match &consumer.handler {
+            checked::Handler::Sql(_) => {}
+            checked::Handler::Http(http) => match HttpHandler::probe(http) {
+                Ok(place) => {
+                    findings.add(&subject, Severity::Good, format!("{place} can be reached"));
+                }
+                Err(failure) => findings.add(&subject, Severity::Unreachable, failure.text),
+            },
+            checked::Handler::Command(config) => {
+                findings.add(&subject, Severity::Good, command::describe(config));
+            }
+        }
+    }
 }
 
 #[derive(Default)]
@@ -116,8 +142,10 @@ fn postgres(config: &checked::Config, findings: &mut Findings) {
         Err(error) => findings.add("PostgreSQL schema", severity_of(&error), error.to_string()),
     }
     for consumer in &config.consumers {
+        let checked::Handler::Sql(sql) = &consumer.handler else {
+            continue;
+        };
         let subject = format!("handler of {}", consumer.name);
-        let checked::Handler::Sql(sql) = &consumer.handler;
         match SqlHandler::new(sql) {
             Err(error) => findings.add(&subject, Severity::Wrong, error.to_string()),
             Ok(handler) => match handler.prepare(&mut session) {
@@ -134,15 +162,14 @@ fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(
     let row = session.run(async |connection| {
         sqlx::query(
             "SELECT current_setting('server_version_num')::int4, current_setting('server_encoding'), \
-             current_setting('synchronous_commit'), pg_is_in_recovery()",
+             pg_is_in_recovery()",
         )
         .fetch_one(connection)
         .await
     })?;
     let version: i32 = row.get(0);
     let encoding: String = row.get(1);
-    let synchronous_commit: String = row.get(2);
-    let in_recovery: bool = row.get(3);
+    let in_recovery: bool = row.get(2);
     findings.require(
         "PostgreSQL version",
         u32::try_from(version).is_ok_and(|version| version >= POSTGRES_MIN),
@@ -157,13 +184,18 @@ fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(
         &encoding,
         "message ids and bodies are UTF-8: create the database with ENCODING 'UTF8'",
     );
-    findings.require(
-        "PostgreSQL synchronous_commit",
-        synchronous_commit != "off",
-        Severity::Warning,
-        &synchronous_commit,
-        "a crash of the server can lose ledger rows of messages that are acknowledged",
-    );
+    match session.risks()?.as_slice() {
+        [] => findings.add(
+            "PostgreSQL durability",
+            Severity::Good,
+            "commits survive a crash",
+        ),
+        risks => {
+            for risk in risks {
+                findings.add("PostgreSQL durability", Severity::Warning, *risk);
+            }
+        }
+    }
     findings.require(
         "PostgreSQL role in replication",
         !in_recovery,
@@ -218,6 +250,8 @@ fn postgres_schema(
              ('ackonce.failure', 'INSERT'), ('ackonce.failure', 'DELETE'), \
              ('ackonce.suspect', 'SELECT'), ('ackonce.suspect', 'INSERT'), \
              ('ackonce.suspect', 'UPDATE'), ('ackonce.suspect', 'DELETE'), \
+             ('ackonce.claim', 'SELECT'), ('ackonce.claim', 'INSERT'), \
+             ('ackonce.claim', 'UPDATE'), ('ackonce.claim', 'DELETE'), \
              ('ackonce.sweep', 'SELECT'), ('ackonce.sweep', 'INSERT'), \
              ('ackonce.sweep', 'UPDATE'), ('ackonce.instance', 'SELECT'), \
              ('ackonce.consumer', 'SELECT'), ('ackonce.consumer', 'INSERT'), \
@@ -290,15 +324,9 @@ fn redis(config: &checked::Config, findings: &mut Findings) {
 }
 
 fn broker(config: &checked::Config, findings: &mut Findings) {
-    let mut link = match connection::open(&config.broker, "check") {
-        Ok(link) => link,
-        Err(error) => return findings.add("RabbitMQ", broker_severity(&error), error.to_string()),
+    let Some(mut link) = broker_servers(&config.broker, findings) else {
+        return;
     };
-    findings.add(
-        "RabbitMQ",
-        Severity::Good,
-        format!("version {}", link.server_version()),
-    );
     for consumer in &config.consumers {
         let subject = format!("topology of {}", consumer.name);
         match topology::inspect(&mut link, consumer, CALL_WITHIN) {
@@ -316,6 +344,49 @@ fn broker(config: &checked::Config, findings: &mut Findings) {
             Err(error) => findings.add(&subject, topology_severity(&error), error.to_string()),
         }
     }
+}
+
+/// Tries each URL by itself. The first connection that stands, if any does.
+fn broker_servers(broker: &checked::Broker, findings: &mut Findings) -> Option<Link> {
+    let mut links = Vec::new();
+    let mut failures = Vec::new();
+    for url in &broker.urls {
+        let alone = checked::Broker {
+            urls: vec![url.clone()],
+            ..broker.clone()
+        };
+        match Dial::new(&alone, "check").open() {
+            Ok(link) => links.push(link),
+            Err(error) => failures.push(error),
+        }
+    }
+    for link in &links {
+        let version = link.server_version();
+        let text = match broker.urls.as_slice() {
+            [_] => format!("version {version}"),
+            _ => format!("version {version} at {}", link.address()),
+        };
+        findings.add("RabbitMQ", Severity::Good, text);
+    }
+    for error in failures {
+        // One node of several that is down is what the others are for.
+        let severity = match broker_severity(&error) {
+            Severity::Unreachable if !links.is_empty() => Severity::Warning,
+            severity => severity,
+        };
+        findings.add("RabbitMQ", severity, error.to_string());
+    }
+    let mut clusters: Vec<&str> = links.iter().map(Link::cluster_name).collect();
+    clusters.dedup();
+    if clusters.len() > 1 {
+        let text = format!(
+            "the URLs lead to different clusters: {}\n         hint: name nodes of one cluster; \
+             a queue of the same name elsewhere is another queue",
+            clusters.join(", ")
+        );
+        findings.add("RabbitMQ", Severity::Warning, text);
+    }
+    links.into_iter().next()
 }
 
 fn topology_severity(error: &TopologyError) -> Severity {

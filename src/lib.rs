@@ -23,9 +23,9 @@
 //! | floor | rooms | they must not |
 //! |---|---|---|
 //! | data and rules | [`message`], [`lifecycle`], [`failure`], [`identity`], [`backoff`], [`config::checked`], [`broker::window`] | do I/O |
-//! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`gate`], [`postgres`] | know what a message means |
+//! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`gate`], [`postgres`], [`trust`] | know what a message means |
 //! | adapters | [`broker`], [`claim`], [`ledger`], [`handler`] | know one another |
-//! | work | [`pipeline`], [`pool`], [`inspect`], [`prune`], [`why`] | name AMQP or Redis types |
+//! | work | [`pipeline`], [`pool`], [`inspect`], [`prune`], [`why`], [`dead_letter`] | name AMQP or Redis types |
 //! | process | [`daemon`], [`observe`] | exit |
 //! | command line | [`cli`], `main.rs` | have logic of their own |
 //!
@@ -39,6 +39,7 @@ pub mod claim;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod dead_letter;
 pub mod failpoint;
 pub mod failure;
 pub mod flights;
@@ -56,4 +57,5 @@ pub mod postgres;
 pub mod prune;
 pub mod random;
 pub mod stop;
+pub mod trust;
 pub mod why;

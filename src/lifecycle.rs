@@ -18,6 +18,19 @@
 //! A failed attempt that may succeed later leads from Recorded or Applied to
 //! Deferring, any other end of a message to Journaling.
 //!
+//! A keyed handler shares no transaction with the ledger. There the claim
+//! itself stands in the ledger, committed before the handler runs, and only
+//! its owner can turn it into the row:
+//!
+//! ```text
+//!  Recording ──► Leased ──► Called ──► Settled(Ack)
+//!   │  ▲  │        │          │  ▲
+//!   │  │  ▼        │          └──┘ no reply
+//!   │  │ Parked    ▼          │
+//!   │  └───────────┴──────────┘ the claim is another's, or nobody's
+//!   └──► as above
+//! ```
+//!
 //! Batches, leases, splitting and waiting are the pipeline's: they choose which
 //! event comes next, never what it means.
 
@@ -44,6 +57,11 @@ pub enum State {
     /// COMMIT was sent and not answered: the ledger is asked what became of
     /// it. Until it answers, the delivery is neither applied nor rejected.
     InDoubt,
+    /// Its claim stands in the ledger, committed and ours: a keyed handler may
+    /// run.
+    Leased,
+    /// The keyed handler has succeeded: the claim is to become a ledger row.
+    Called,
     /// It is to be dead-lettered as soon as the reason is in the journal.
     Journaling(DeadReason),
     /// It is to be tried again later, as soon as the failed attempt is in the
@@ -90,6 +108,12 @@ pub enum Event {
     Inserted,
     /// The ledger has a committed row for its id.
     Found(Body),
+    /// Its claim stands in the ledger, committed and ours.
+    LeaseWon,
+    /// The ledger has another's claim on its id, whose lease goes on.
+    LeaseHeld,
+    /// Its claim in the ledger is not ours any more, or its lease has run out.
+    LeaseLost,
     /// The handler succeeded.
     Succeeded,
     /// The attempt failed, with this delivery alone in the transaction.
@@ -100,7 +124,7 @@ pub enum Event {
     /// The attempt failed for somebody in the batch; who, is not known yet. Or
     /// the transaction lost a race with another one.
     BatchFailed,
-    /// COMMIT returned.
+    /// COMMIT returned: the ledger has its row.
     Committed,
     /// COMMIT was sent and its reply never came.
     CommitUnknown,
@@ -122,22 +146,31 @@ pub enum Action {
     Claim,
     /// Put aside and look again later.
     Park,
-    /// Insert into the ledger, in a transaction.
+    /// Insert into the ledger, in a transaction; for a keyed handler claim it
+    /// there, and commit.
     Record,
     /// Run the handler, in that transaction.
     Apply,
     /// Commit that transaction.
     Commit,
+    /// Run the keyed handler.
+    Call,
+    /// Turn our claim into a ledger row, in one transaction, if it is still
+    /// ours.
+    Complete,
     /// Roll that transaction back.
     Rollback,
-    /// Write the reason into the failure journal.
+    /// Write the reason into the failure journal, and give back our claim in the
+    /// ledger in the same transaction; only if it is still ours.
     Journal(DeadReason),
-    /// Write the failed attempt into the failure journal.
+    /// Write the failed attempt into the failure journal, likewise.
     JournalAttempt,
     /// Tell Redis that the id is applied.
     MarkDone,
-    /// Give the claim back, if it is still ours.
+    /// Give the claim in Redis back, if it is still ours.
     Release,
+    /// Give the claim in the ledger back, if there is one and it is still ours.
+    Surrender,
     /// Tell the broker.
     Settle(Settlement),
 }
@@ -170,6 +203,8 @@ pub fn step(state: State, event: Event) -> Result<Step, Illegal> {
         State::Recorded => recorded(event),
         State::Applied => applied(event),
         State::InDoubt => in_doubt(event),
+        State::Leased => leased(event),
+        State::Called => called(event),
         State::Journaling(reason) => journaling(reason, event),
         State::Deferring => deferring(event),
         State::Settled(_) => None,
@@ -197,6 +232,7 @@ fn received(event: Event) -> Option<Step> {
         Event::Unusable(reason) => Some(dead(reason)),
         Event::Stopping => Some(requeued()),
         never![
+            LeaseWon LeaseHeld LeaseLost
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
             Inserted Found Succeeded Failed Exhausted BatchFailed Quarantined
@@ -213,6 +249,7 @@ fn joined(event: Event) -> Option<Step> {
         Event::OwnerGaveUp => Some((State::Claiming, &[Action::Claim])),
         Event::Stopping => Some(requeued()),
         never![
+            LeaseWon LeaseHeld LeaseLost
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             Inserted Found Succeeded Failed Exhausted BatchFailed Quarantined
@@ -230,6 +267,7 @@ fn claiming(event: Event) -> Option<Step> {
         Event::MarkedDone(Body::Other) => Some(dead(DeadReason::IdConflict)),
         Event::Stopping => Some(released()),
         never![
+            LeaseWon LeaseHeld LeaseLost
             Identified Collided Unusable
             LookAgain
             OwnerApplied OwnerGaveUp
@@ -249,6 +287,7 @@ fn parked(event: Event) -> Option<Step> {
         Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
         Event::Stopping => Some(requeued()),
         never![
+            LeaseWon LeaseHeld LeaseLost
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone
             OwnerApplied OwnerGaveUp
@@ -265,11 +304,15 @@ fn recording(event: Event) -> Option<Step> {
         Event::Found(Body::Same) => Some(marked()),
         Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
         Event::Failed(Class::Permanent) => Some(refused()),
-        // The handler has not run: what may pass is waited for.
+        // The handler has not run: what may pass is waited for. That a claim's
+        // COMMIT went unanswered is no more: it is asked for again.
         Event::Failed(Class::Transient | Class::Systemic) | Event::BatchFailed => Some(again()),
+        Event::LeaseWon => Some((State::Leased, &[Action::Call])),
+        Event::LeaseHeld => Some((State::Parked, &[Action::Release, Action::Park])),
         Event::Quarantined => Some(dead(DeadReason::CrashLoop)),
         Event::Stopping => Some(released()),
         never![
+            LeaseLost
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
@@ -288,6 +331,7 @@ fn recorded(event: Event) -> Option<Step> {
         Event::Exhausted => Some(used_up()),
         Event::Failed(Class::Systemic) | Event::BatchFailed => Some(again()),
         never![
+            LeaseWon LeaseHeld LeaseLost
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
@@ -311,6 +355,7 @@ fn applied(event: Event) -> Option<Step> {
         Event::Exhausted => Some(used_up()),
         Event::Failed(Class::Systemic) | Event::BatchFailed => Some(again()),
         never![
+            LeaseWon LeaseHeld LeaseLost
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
@@ -334,11 +379,70 @@ fn in_doubt(event: Event) -> Option<Step> {
         | Event::BatchFailed => Some((State::InDoubt, &[Action::Rollback, Action::Record])),
         Event::Stopping => Some(released()),
         never![
+            LeaseWon LeaseHeld LeaseLost
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
             Succeeded Exhausted Quarantined
             Committed CommitUnknown
+            Journaled JournalFailed
+        ] => None,
+    }
+}
+
+fn leased(event: Event) -> Option<Step> {
+    match event {
+        Event::Succeeded => Some((State::Called, &[Action::Complete])),
+        Event::Failed(Class::Permanent) => Some((
+            State::Journaling(DeadReason::Rejected),
+            &[Action::Journal(DeadReason::Rejected)],
+        )),
+        Event::Failed(Class::Transient) => Some((State::Deferring, &[Action::JournalAttempt])),
+        Event::Exhausted => Some((
+            State::Journaling(DeadReason::MaxAttempts),
+            &[Action::Journal(DeadReason::MaxAttempts)],
+        )),
+        Event::Failed(Class::Systemic) => Some((State::Leased, &[Action::Call])),
+        // Somebody else may be at it: what our handler says does not count.
+        Event::LeaseLost => Some((State::Recording, &[Action::Record])),
+        Event::Stopping => Some(released()),
+        never![
+            LeaseWon LeaseHeld
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Inserted Found BatchFailed Quarantined
+            Committed CommitUnknown
+            Journaled JournalFailed
+        ] => None,
+    }
+}
+
+fn called(event: Event) -> Option<Step> {
+    match event {
+        // The mark and the ack follow the reply to COMMIT.
+        Event::Committed | Event::Found(Body::Same) => Some(marked()),
+        Event::Found(Body::Other) => Some(dead(DeadReason::IdConflict)),
+        // The effect has happened, so nothing else can come of the message:
+        // the ledger is told until it answers.
+        Event::CommitUnknown
+        | Event::Failed(Class::Permanent | Class::Transient | Class::Systemic) => {
+            Some((State::Called, &[Action::Complete]))
+        }
+        // The ledger has neither our claim nor a row.
+        Event::LeaseLost => Some((State::Recording, &[Action::Record])),
+        // The claim stays: whoever gets the message runs it again, and that
+        // must not be before the lease ends.
+        Event::Stopping => Some((
+            State::Settled(Settlement::Requeue),
+            &[Action::Release, Action::Settle(Settlement::Requeue)],
+        )),
+        never![
+            LeaseWon LeaseHeld
+            Identified Collided Unusable
+            ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
+            OwnerApplied OwnerGaveUp
+            Inserted Succeeded Exhausted BatchFailed Quarantined
             Journaled JournalFailed
         ] => None,
     }
@@ -351,8 +455,14 @@ fn journaling(reason: DeadReason, event: Event) -> Option<Step> {
             &[Action::Release, Action::Settle(Settlement::Reject)],
         )),
         Event::JournalFailed => Some(dead(reason)),
+        // A failed attempt counts only for who has the claim.
+        Event::LeaseLost if matches!(reason, DeadReason::Rejected | DeadReason::MaxAttempts) => {
+            Some((State::Recording, &[Action::Record]))
+        }
+        Event::LeaseLost => None,
         Event::Stopping => Some(released()),
         never![
+            LeaseWon LeaseHeld
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
@@ -371,8 +481,10 @@ fn deferring(event: Event) -> Option<Step> {
             &[Action::Release, Action::Settle(Settlement::Retry)],
         )),
         Event::JournalFailed => Some((State::Deferring, &[Action::JournalAttempt])),
+        Event::LeaseLost => Some((State::Recording, &[Action::Record])),
         Event::Stopping => Some(released()),
         never![
+            LeaseWon LeaseHeld
             Identified Collided Unusable
             ClaimWon ClaimHeld ClaimUnavailable MarkedDone LookAgain
             OwnerApplied OwnerGaveUp
@@ -406,11 +518,15 @@ fn requeued() -> Step {
     )
 }
 
-/// Given back to the queue, and the claim to whoever asks next.
+/// Given back to the queue, and the claims to whoever asks next.
 fn released() -> Step {
     (
         State::Settled(Settlement::Requeue),
-        &[Action::Release, Action::Settle(Settlement::Requeue)],
+        &[
+            Action::Release,
+            Action::Surrender,
+            Action::Settle(Settlement::Requeue),
+        ],
     )
 }
 

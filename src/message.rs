@@ -76,6 +76,16 @@ pub const USER_ID_HEADER: &str = "ackonce-user-id";
 /// route the copy to other queues again.
 pub const CC_HEADER: &str = "ackonce-cc";
 
+/// Header of a replayed dead letter: how often it was replayed.
+pub const REPLAYS_HEADER: &str = "ackonce-replays";
+
+/// Header of a replayed dead letter: when it was replayed last.
+pub const REPLAYED_AT_HEADER: &str = "ackonce-replayed-at";
+
+/// Header of a replayed dead letter: which replay it was, so that one that
+/// comes back while that goes on is not taken again.
+pub const REPLAY_HEADER: &str = "ackonce-replay";
+
 /// Which connection a delivery came over. A delivery tag means nothing without
 /// it: after a reconnect the same tag is another message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -218,10 +228,15 @@ pub struct Message {
     pub attempts: u32,
     /// True when it was handed over before and never settled.
     pub redelivered: bool,
+    /// True when it was replayed from the dead-letter queue, so that an
+    /// operator may have had its ledger row forgotten.
+    pub replayed: bool,
     /// The body, as published.
     pub body: Vec<u8>,
     /// The `message_id` property.
     pub message_id: Option<String>,
+    /// The `content_type` property.
+    pub content_type: Option<String>,
     /// The `timestamp` property, which AMQP counts in whole seconds.
     pub published_at: Option<SystemTime>,
     /// The header table as JSON. Byte arrays become `\x`-prefixed hex, times

@@ -5,13 +5,19 @@
 //! the I/O it asks for, for a whole batch at once. A batch is only an
 //! optimisation: one that fails is rolled back and halved until the message at
 //! fault stands alone.
+//!
+//! A handler whose effect is outside the database is led by a [`Foreman`]
+//! instead, with the same steps around it.
 
 mod apply;
+mod crew;
 mod item;
+mod keyed;
+mod leases;
 mod suspects;
 mod verdict;
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
@@ -21,19 +27,20 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use crate::backoff::Backoff;
 use crate::claim::{Claim, Claims, Token};
 use crate::config::checked;
-use crate::failpoint::{self, Step};
+use crate::failpoint::{self, Mutant, Step};
 use crate::failure::{Class, Failure};
 use crate::flights::Flights;
 use crate::gate::Gate;
-use crate::handler::Handler;
+use crate::handler::Transactional;
 use crate::ledger::Ledger;
-use crate::lifecycle::Event;
+use crate::lifecycle::{Body, Event};
 use crate::message::{Delivery, MessageId, Settled};
 use crate::random;
 use crate::stop::Stop;
 
 pub use item::Item;
 use item::usable_id;
+pub use keyed::Foreman;
 use verdict::Verdict;
 
 /// Most body bytes in one transaction; a single larger message stands alone.
@@ -68,6 +75,27 @@ pub struct Shared {
     pub consumer: Arc<checked::Consumer>,
     /// Waits between tries when a server is away.
     pub backoff: Backoff,
+    /// How long a stop waits for what is in work.
+    pub shutdown_timeout: Duration,
+}
+
+/// Who runs the handler.
+pub enum Hands {
+    /// The worker itself, in the ledger's transaction.
+    Own(Box<dyn Transactional>),
+    /// Threads of their own, by the foreman's order. The handler's type.
+    Crew(&'static str),
+}
+
+impl Hands {
+    /// The handler's type.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Own(handler) => handler.kind(),
+            Self::Crew(kind) => kind,
+        }
+    }
 }
 
 /// Lets one worker at a time wait for deliveries, so that those that come
@@ -108,7 +136,7 @@ pub struct Worker {
     shared: Shared,
     ledger: Ledger,
     claims: Option<Claims>,
-    handler: Handler,
+    hands: Hands,
     /// Ids claimed elsewhere, each with the time to look again.
     parked: Vec<(Instant, Item)>,
     /// Deliveries whose owner gave up: theirs is the next turn.
@@ -133,12 +161,12 @@ pub struct Worker {
 impl Worker {
     /// A worker that has not begun.
     #[must_use]
-    pub fn new(shared: Shared, ledger: Ledger, claims: Option<Claims>, handler: Handler) -> Self {
+    pub fn new(shared: Shared, ledger: Ledger, claims: Option<Claims>, hands: Hands) -> Self {
         Self {
             shared,
             ledger,
             claims,
-            handler,
+            hands,
             parked: Vec::new(),
             heirs: VecDeque::new(),
             again: Vec::new(),
@@ -301,11 +329,18 @@ impl Worker {
             // Not known is as good as not found: Redis is asked next.
             false => self.ledger.find(&ids).unwrap_or_default(),
         };
+        let held = match self.hands {
+            Hands::Own(_) => HashSet::new(),
+            Hands::Crew(_) => self.ledger.held(&ids).unwrap_or_default(),
+        };
+        let recheck_at = now + self.shared.consumer.claim.recheck_every;
         let mut undecided = Vec::new();
         for (_, mut item) in due {
-            let known = item.id.as_ref().and_then(|id| found.get(id.as_str()));
+            let id = item.id.as_ref().map_or("", MessageId::as_str);
+            let known = found.get(id);
             match known.map(|print| item.compare(*print)) {
                 Some(body) => self.advance(item, Event::Found(body)),
+                None if held.contains(id) => self.parked.push((recheck_at, item)),
                 None => {
                     item.on(Event::LookAgain);
                     undecided.push(item);
@@ -343,7 +378,11 @@ impl Worker {
                     item.on(Event::ClaimWon);
                     recording.push(item);
                 }
-                Claim::Done(_) if self.shared.consumer.confirm_duplicates => {
+                Claim::Unknown => {
+                    item.on(Event::ClaimUnavailable);
+                    recording.push(item);
+                }
+                Claim::Done(_) if self.must_confirm(&item) => {
                     item.on(Event::ClaimUnavailable);
                     recording.push(item);
                 }
@@ -351,11 +390,20 @@ impl Worker {
                     let body = item.compare(print);
                     self.advance(item, Event::MarkedDone(body));
                 }
+                Claim::Held if failpoint::mutant(Mutant::HeldClaim) => {
+                    self.advance(item, Event::MarkedDone(Body::Same));
+                }
                 Claim::Held => self.advance(item, Event::ClaimHeld),
             }
         }
         self.tokens.push(token);
         recording
+    }
+
+    /// Whether Redis is not believed when it calls a message done. The row that
+    /// a replayed one's mark speaks of may have been forgotten by an operator.
+    fn must_confirm(&self, item: &Item) -> bool {
+        self.shared.consumer.confirm_duplicates || item.delivery.message.replayed
     }
 
     fn ask_redis(&mut self, items: &[Item]) -> Option<(Token, Vec<Claim>)> {

@@ -15,10 +15,10 @@ use crate::claim::{Claims, Renewer};
 use crate::config::checked;
 use crate::flights::Flights;
 use crate::gate::Gate;
-use crate::handler;
+use crate::handler::{self, Handler};
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
-use crate::pipeline::{Shared, Turn, Worker};
+use crate::pipeline::{Foreman, Hands, Shared, Turn, Worker};
 use crate::random;
 use crate::stop::{self, Stopper};
 
@@ -68,19 +68,36 @@ impl Pool {
             stop,
             consumer: Arc::clone(consumer),
             backoff: Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max),
+            shutdown_timeout: config.daemon.shutdown_timeout,
         };
         let claims = claims(config, consumer)?;
         let renewal = renewal(config, consumer, &claims)?;
         let mut claims = claims.into_iter();
         let owner = random::draw();
+        let ledger =
+            |number| Ledger::new(config.postgres.clone(), &consumer.name, host, number, owner);
+        let mut keyed = Vec::new();
         for number in 1..=consumer.workers {
-            let worker = Worker::new(
-                shared.clone(),
-                Ledger::new(config.postgres.clone(), &consumer.name, host, number, owner),
-                claims.next(),
-                handler::build(&consumer.handler)?,
-            );
-            spawn(&consumer.name, number, worker, panic.clone())?;
+            let handler = match handler::build(consumer)? {
+                Handler::Transactional(handler) => handler,
+                Handler::Keyed(handler) => {
+                    keyed.push(handler);
+                    continue;
+                }
+            };
+            let hands = Hands::Own(handler);
+            let worker = Worker::new(shared.clone(), ledger(number), claims.next(), hands);
+            spawn(
+                &consumer.name,
+                &number.to_string(),
+                || worker.run(),
+                panic.clone(),
+            )?;
+        }
+        if !keyed.is_empty() {
+            let ledgers = [ledger(0), ledger(0)];
+            let foreman = Foreman::new(shared.clone(), ledgers, claims.next(), keyed, &panic)?;
+            spawn(&consumer.name, "foreman", || foreman.run(), panic.clone())?;
         }
         Ok(Self {
             gate: shared.gate,
@@ -111,9 +128,7 @@ fn claims(config: &checked::Config, consumer: &checked::Consumer) -> anyhow::Res
     let Some(redis) = &config.redis else {
         return Ok(Vec::new());
     };
-    (0..consumer.workers)
-        .map(|_| Claims::new(redis, &consumer.claim, &consumer.name))
-        .collect()
+    Claims::for_workers(consumer.workers, redis, &consumer.claim, &consumer.name)
 }
 
 fn renewal(
@@ -129,13 +144,18 @@ fn renewal(
     Ok(Some((stop, renewer)))
 }
 
-fn spawn(consumer: &str, number: usize, worker: Worker, panic: Sender<()>) -> anyhow::Result<()> {
-    let name = consumer.to_owned();
+fn spawn(
+    consumer: &str,
+    number: &str,
+    run: impl FnOnce() + Send + 'static,
+    panic: Sender<()>,
+) -> anyhow::Result<()> {
+    let (name, worker) = (consumer.to_owned(), number.to_owned());
     std::thread::Builder::new()
         .name(format!("{consumer}-{number}"))
         .spawn(move || {
-            if catch_unwind(AssertUnwindSafe(|| worker.run())).is_err() {
-                log::error!(consumer = name.as_str(), worker = number; "a worker panicked");
+            if catch_unwind(AssertUnwindSafe(run)).is_err() {
+                log::error!(consumer = name.as_str(), worker = worker.as_str(); "a worker panicked");
                 panic.try_send(()).ok();
             }
         })

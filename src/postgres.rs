@@ -58,6 +58,8 @@ pub struct Session {
     connection: PgConnection,
     runtime: tokio::runtime::Runtime,
     reply_timeout: Duration,
+    /// For a reply to what takes the server no time.
+    prompt_timeout: Duration,
 }
 
 impl Session {
@@ -77,7 +79,11 @@ impl Session {
             .enable_all()
             .build()
             .map_err(|e| unreachable(format!("no runtime: {e}")))?;
-        let connecting = PgConnection::connect_with(&options);
+        let connecting = async {
+            let mut connection = PgConnection::connect_with(&options).await?;
+            settle(&mut connection).await?;
+            Ok(connection)
+        };
         let connected = runtime
             .block_on(async { tokio::time::timeout(config.connect_timeout, connecting).await });
         let cause = match connected {
@@ -86,6 +92,7 @@ impl Session {
                     connection,
                     runtime,
                     reply_timeout: config.statement_timeout + REPLY_GRACE,
+                    prompt_timeout: config.connect_timeout,
                 });
             }
             Ok(Err(error)) => match from_sqlx(&error) {
@@ -111,12 +118,21 @@ impl Session {
         &mut self,
         call: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, Error> {
+        self.run_within(self.reply_timeout, call)
+    }
+
+    // sqlx lets nobody set the options of its sockets, TCP's keepalive for one:
+    // a server that vanished is found out by this clock alone.
+    fn run_within<T>(
+        &mut self,
+        within: Duration,
+        call: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, Error> {
         let connection = &mut self.connection;
-        let reply_timeout = self.reply_timeout;
         self.runtime.block_on(async move {
-            match tokio::time::timeout(reply_timeout, call(connection)).await {
+            match tokio::time::timeout(within, call(connection)).await {
                 Ok(result) => result.map_err(|e| from_sqlx(&e)),
-                Err(_) => Err(Error::Lost(format!("no reply within {reply_timeout:?}"))),
+                Err(_) => Err(Error::Lost(format!("no reply within {within:?}"))),
             }
         })
     }
@@ -131,6 +147,79 @@ impl Session {
             sqlx::raw_sql(statements).execute(connection).await?;
             Ok(())
         })
+    }
+
+    /// As [`Session::execute`], for what needs nothing but the server's
+    /// attention, such as BEGIN: it must answer as soon as it must let us in,
+    /// so that a session whose server vanished long ago is not waited for.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::run`].
+    pub fn execute_at_once(&mut self, statements: &'static str) -> Result<(), Error> {
+        self.run_within(self.prompt_timeout, async |connection| {
+            sqlx::raw_sql(statements).execute(connection).await?;
+            Ok(())
+        })
+    }
+
+    /// What the server's own settings put at risk, one sentence for each.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::run`].
+    pub fn risks(&mut self) -> Result<Vec<&'static str>, Error> {
+        let off: Vec<String> = self.run(async |connection| {
+            // The session's own value is `settle`'s: the other is what it was.
+            sqlx::query_scalar(
+                "SELECT name FROM pg_settings WHERE reset_val = 'off' \
+                 AND name IN ('synchronous_commit', 'fsync', 'full_page_writes') ORDER BY name",
+            )
+            .fetch_all(connection)
+            .await
+        })?;
+        Ok(RISKS
+            .iter()
+            .filter(|(name, _)| off.iter().any(|setting| setting == name))
+            .map(|(_, risk)| *risk)
+            .collect())
+    }
+}
+
+/// Settings that must not be off, and what it means when they are.
+const RISKS: [(&str, &str); 3] = [
+    (
+        "fsync",
+        "fsync is off: a crash of the server's machine can lose or damage the ledger with messages \
+         that are acknowledged; switch it on in postgresql.conf",
+    ),
+    (
+        "full_page_writes",
+        "full_page_writes is off: a crash of the server's machine can damage the ledger; switch \
+         it on in postgresql.conf",
+    ),
+    (
+        "synchronous_commit",
+        "synchronous_commit is off: the daemon switches it on for its own sessions, since a crash \
+         of the server could lose messages that are acknowledged; a handler must not switch it off",
+    ),
+];
+
+/// What is set once a session is open, because not every server knows it or
+/// lets it be set while connecting.
+async fn settle(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    // What is committed must outlive the server. Other values than `off` are
+    // the operator's to choose: they all wait for the disk.
+    let durable = "SELECT set_config('synchronous_commit', 'on', false) \
+         WHERE current_setting('synchronous_commit') = 'off'";
+    sqlx::raw_sql(durable).execute(&mut *connection).await?;
+    // The locks of a daemon that was killed go within a second, and not when
+    // its statement ends.
+    let watch = "SET client_connection_check_interval = '1s'";
+    match sqlx::raw_sql(watch).execute(&mut *connection).await {
+        // Not on every operating system.
+        Err(sqlx::Error::Database(_)) | Ok(_) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

@@ -46,9 +46,11 @@ fn an_alarm_on_the_broker_stops_nobody_whose_dead_letters_are_kept_anyway() {
     eventually("the alarm is over", || stage.prepare(classic()).is_ok());
 }
 
-/// A memory alarm, as long as this lives. It ends by itself too, should the
-/// test be killed.
-struct Alarm;
+/// An alarm, as long as this lives. It ends by itself too, should the test be
+/// killed.
+struct Alarm {
+    end: &'static str,
+}
 
 const MEMORY: &str = "{resource_limit, memory, node()}";
 
@@ -58,13 +60,36 @@ impl Alarm {
             "rabbit_alarm:set_alarm({{{MEMORY}, []}}), \
              timer:apply_after(60000, rabbit_alarm, clear_alarm, [{MEMORY}])."
         ));
-        Self
+        Self {
+            end: "rabbit_alarm:clear_alarm({resource_limit, memory, node()}).",
+        }
+    }
+
+    /// As the broker raises it itself, when less than a petabyte is free. Where
+    /// it cannot find out how much is free, in a chroot without /proc, the
+    /// alarm is raised for it.
+    fn raise_for_disk() -> Self {
+        evaluate(
+            "case rabbit_disk_monitor:get_disk_free() of \
+             Free when is_number(Free) -> \
+             rabbit_disk_monitor:set_disk_free_limit(1000000000000000), \
+             timer:apply_after(60000, rabbit_disk_monitor, set_disk_free_limit, [50000000]); \
+             _ -> rabbit_alarm:set_alarm({{resource_limit, disk, node()}, []}), \
+             timer:apply_after(60000, rabbit_alarm, clear_alarm, \
+             [{resource_limit, disk, node()}]) end.",
+        );
+        let alarms = "[N || {{resource_limit, disk, N}, _} <- rabbit_alarm:get_alarms()].";
+        eventually("the disk alarm is raised", || evaluate(alarms) != "[]");
+        Self {
+            end: "rabbit_disk_monitor:set_disk_free_limit(50000000), \
+                  rabbit_alarm:clear_alarm({resource_limit, disk, node()}).",
+        }
     }
 }
 
 impl Drop for Alarm {
     fn drop(&mut self) {
-        evaluate(&format!("rabbit_alarm:clear_alarm({MEMORY})."));
+        evaluate(self.end);
     }
 }
 
@@ -151,7 +176,16 @@ fn make_fail_once(world: &World) {
 }
 
 #[test]
-fn during_an_alarm_retries_wait_unacknowledged_and_all_else_goes_on() {
+fn during_a_memory_alarm_retries_wait_unacknowledged_and_all_else_goes_on() {
+    retries_wait_while(Alarm::raise);
+}
+
+#[test]
+fn during_a_disk_alarm_retries_wait_unacknowledged_and_all_else_goes_on() {
+    retries_wait_while(Alarm::raise_for_disk);
+}
+
+fn retries_wait_while(raise: fn() -> Alarm) {
     let world = World::new();
     make_fail_once(&world);
     let orders = Consumer::orders()
@@ -165,7 +199,7 @@ fn during_an_alarm_retries_wait_unacknowledged_and_all_else_goes_on() {
     daemon.signal(Signal::SIGSTOP);
     let messages = numbered("bad", 20).into_iter().chain(numbered("good", 500));
     world.broker.send(ORDERS, messages);
-    let alarm = Alarm::raise();
+    let alarm = raise();
     daemon.signal(Signal::SIGCONT);
     // Applied and acked, although the broker takes no message.
     world.wait_for_effects(501);
@@ -182,6 +216,33 @@ fn during_an_alarm_retries_wait_unacknowledged_and_all_else_goes_on() {
         .collect();
     world.assert_each_applied_once(&ids);
     assert!(world.broker.is_empty(ORDERS_DEAD));
+}
+
+#[test]
+fn during_an_alarm_dead_letters_that_the_daemon_publishes_wait_and_all_else_goes_on() {
+    for raise in [Alarm::raise, Alarm::raise_for_disk] {
+        let world = World::new();
+        let orders = Consumer::orders()
+            .sql(common::RECORD_AMOUNT)
+            .set("topology.dead_letters", "publish");
+        let config = world.config().consumer(orders);
+        let daemon = world.run(&config);
+        daemon.signal(Signal::SIGSTOP);
+        let bad = |id: &String| Msg::new(id).json(&serde_json::json!({ "amount": "x" }));
+        let ids = numbered_ids("bad", 20);
+        world.broker.send(ORDERS, ids.iter().map(bad));
+        world.broker.send(ORDERS, numbered("good", 500));
+        let alarm = raise();
+        daemon.signal(Signal::SIGCONT);
+        world.wait_for_effects(500);
+        eventually("dead letters are held", || unacked(&world) == 20);
+        assert!(world.broker.is_empty(ORDERS_DEAD));
+        drop(alarm);
+        world.broker.wait_for_dead(ORDERS_DEAD, 20);
+        world.drain_with(daemon, &config, ORDERS);
+        world.assert_each_applied_once(&numbered_ids("good", 500));
+        assert_eq!(world.broker.dead(ORDERS_DEAD).len(), 20, "each once");
+    }
 }
 
 #[test]

@@ -29,7 +29,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("flights", &["message"]),
         ("observe", &["config", "message", "failure"]),
     ],
-    &[("postgres", &[])],
+    &[("postgres", &[]), ("trust", &[])],
     &[
         ("broker", &[]),
         ("claim", &[]),
@@ -42,6 +42,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("pool", &["pipeline"]),
         ("prune", &[]),
         ("why", &[]),
+        ("dead_letter", &[]),
     ],
     &[("daemon", &[])],
     &[("cli", &[])],

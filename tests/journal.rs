@@ -33,6 +33,7 @@ fn entry<'a>(id: Option<&'a MessageId>, failure: &'a Failure) -> JournalEntry<'a
         retry_in: None,
         failure,
         attempt: 1,
+        worker: None,
         duration: None,
         exchange: "",
         routing_key: "orders",

@@ -2,6 +2,8 @@
 //! `ACKONCE_AMQP_URL` names, and against listeners that are no such thing.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
+#[path = "common/authority.rs"]
+mod authority;
 #[path = "publisher/command.rs"]
 mod command;
 #[path = "publisher/connecting.rs"]

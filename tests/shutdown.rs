@@ -5,10 +5,31 @@
 
 mod common;
 
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
 use common::{
-    Consumer, DEADLINE, Msg, ORDERS, World, eventually, numbered, numbered_ids, try_eventually,
+    Consumer, DEADLINE, Daemon, Msg, ORDERS, Wire, World, eventually, numbered, numbered_ids,
+    try_eventually, wire,
 };
 use nix::sys::signal::Signal;
+
+/// Longest that a stop may take when nothing is in work. The daemon's own bound
+/// is under a second; the shortest of the deadlines that a stop could run into
+/// is 5 s.
+const STOP_WITHIN: Duration = Duration::from_secs(4);
+
+fn assert_stops_at_once(mut daemon: Daemon, when: &str) {
+    let since = Instant::now();
+    daemon.signal(Signal::SIGTERM);
+    let status = daemon.wait();
+    let took = since.elapsed();
+    assert_eq!(status.code(), Some(0), "{when}: {status}");
+    assert!(took < STOP_WITHIN, "{when}: the stop took {took:?}");
+    eprintln!("{when}: stopped in {took:?}");
+}
 
 /// Sends `signal` while messages flow from a queue of `queue_type`.
 fn stops_in_mid_flow_on(signal: Signal, queue_type: &str) {
@@ -164,4 +185,128 @@ fn a_handler_that_hangs_does_not_hold_up_a_stop_beyond_its_timeout() {
     world.redis.flush();
     world.drain(&config, ORDERS);
     world.assert_each_applied_once(&["m"]);
+}
+
+#[test]
+fn a_broker_that_stops_answering_before_it_is_consumed_from_holds_up_no_stop() {
+    let world = World::new();
+    world.prepare(&world.orders());
+    for method in [
+        wire::START_OK,
+        wire::TUNE_OK,
+        wire::OPEN,
+        wire::CHANNEL_OPEN,
+        wire::QUEUE_DECLARE,
+        wire::QOS,
+        wire::CONSUME,
+    ] {
+        let wire = Wire::before(world.amqp_url());
+        wire.swallow_at(method);
+        let config = world.orders().set("broker.url", wire.url());
+        let daemon = world.daemon(&config).start();
+        wire.wait_for_swallowed(1);
+        assert_stops_at_once(daemon, &format!("silent from {method:?} on"));
+    }
+}
+
+#[test]
+fn a_broker_that_stops_answering_during_the_stop_does_not_hold_it_up() {
+    let world = World::new();
+    for method in [wire::CANCEL, wire::CLOSE] {
+        let wire = Wire::before(world.amqp_url());
+        let daemon = world.run(&world.orders().set("broker.url", wire.url()));
+        wire.swallow_at(method);
+        assert_stops_at_once(daemon, &format!("silent from {method:?} on"));
+        assert_eq!(wire.swallowed(), 1, "{method:?}");
+    }
+}
+
+#[test]
+fn a_broker_that_goes_silent_while_messages_flow_holds_up_no_stop_and_loses_none() {
+    const SENT: usize = 5_000;
+    let world = World::new();
+    let wire = Wire::before(world.amqp_url());
+    let orders = Consumer::orders().set("batch_max", 50).set("prefetch", 200);
+    let config = world.config().consumer(orders);
+    world.prepare(&config);
+    world.broker.send(ORDERS, numbered("m", SENT));
+    let daemon = world.run(&config.clone().set("broker.url", wire.url()));
+    world.wait_for_effects(300);
+    wire.swallow_now();
+    assert_stops_at_once(daemon, "silent in mid-flow");
+    let applied = world.db.effect_count();
+    assert!(applied < SENT as i64, "the flow had not ended");
+    wire.cut();
+    world.drain(&config, ORDERS);
+    world.assert_each_applied_once(&numbered_ids("m", SENT));
+}
+
+#[test]
+fn a_broker_that_goes_silent_during_the_drain_costs_no_more_than_the_drain() {
+    let world = World::new();
+    let wire = Wire::before(world.amqp_url());
+    let config = world.orders().set("broker.url", wire.url());
+    let gate = world.gate();
+    let mut daemon = world.daemon(&config).pauses_at("applied", 1, &gate).start();
+    daemon.wait_until_consuming();
+    world.broker.send(ORDERS, [Msg::new("m")]);
+    gate.wait_until_hit();
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait_for_log(&["told to stop"]);
+    wire.swallow_now();
+    let since = Instant::now();
+    gate.open();
+    let status = daemon.wait();
+    assert_eq!(status.code(), Some(0), "{status}");
+    assert!(since.elapsed() < STOP_WITHIN, "{:?}", since.elapsed());
+    assert_eq!(world.db.effect_count(), 1, "what was in work is finished");
+    wire.cut();
+    world.redis.flush();
+    world.drain(&world.orders(), ORDERS);
+    world.assert_each_applied_once(&["m"]);
+}
+
+/// Something that takes connections and hands them over: whoever connects
+/// waits. Also returns its port.
+fn mute() -> (u16, Receiver<TcpStream>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (taken, clients) = channel();
+    std::thread::spawn(move || {
+        for client in listener.incoming().map_while(Result::ok) {
+            if taken.send(client).is_err() {
+                return;
+            }
+        }
+    });
+    (port, clients)
+}
+
+#[test]
+fn a_server_that_takes_connections_and_says_nothing_or_little_holds_up_no_stop() {
+    let world = World::new();
+    world.prepare(&world.orders());
+    for path in ["broker.url", "postgres.url"] {
+        let (port, clients) = mute();
+        let url = match path {
+            "broker.url" => format!("amqp://guest:guest@127.0.0.1:{port}/"),
+            _ => format!("postgres://ackonce@127.0.0.1:{port}/ackonce"),
+        };
+        let daemon = world.daemon(&world.orders().set(path, url)).start();
+        let mut client = clients.recv_timeout(DEADLINE).unwrap();
+        assert_stops_at_once(daemon, &format!("a {path} that says nothing"));
+        drop(client.flush());
+    }
+    let (port, clients) = mute();
+    let url = format!("amqp://guest:guest@127.0.0.1:{port}/");
+    let daemon = world.daemon(&world.orders().set("broker.url", url)).start();
+    let mut client = clients.recv_timeout(DEADLINE).unwrap();
+    // The head of a frame of 512 bytes, and then a byte now and then.
+    client.write_all(&[1, 0, 0, 0, 0, 2, 0]).unwrap();
+    std::thread::spawn(move || {
+        while client.write_all(&[0]).is_ok() {
+            std::thread::park_timeout(Duration::from_millis(300));
+        }
+    });
+    assert_stops_at_once(daemon, "a broker that trickles");
 }

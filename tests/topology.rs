@@ -101,7 +101,7 @@ fn a_retry_queue_that_was_deleted_is_made_again_but_only_in_mode_declare() {
     for (mode, again) in [("verify", false), ("none", false), ("declare", true)] {
         let config = checked(&stage.world, consumer.clone().set("topology.mode", mode));
         let consumer = &config.consumers[0];
-        topology::declare_retry_queues(&mut stage.link, consumer, DEADLINE).unwrap();
+        topology::declare_again(&mut stage.link, consumer, DEADLINE).unwrap();
         let exists = stage.queues().contains(&"orders.retry.1s".to_owned());
         assert_eq!(exists, again, "{mode}");
     }

@@ -74,6 +74,17 @@ free_port() {
     die "failed to find a free port between 15000 and 31999 on 127.0.0.1"
 }
 
+# end_chaos FOLDER: ends what a chaos run has left behind, if it has. `here` is
+# the folder of the script that sources this one.
+# shellcheck disable=SC2154
+end_chaos() {
+    [[ -d $1 ]] || return 0
+    umount -l "$1/disk" 2>/dev/null || true
+    rmdir "$1/disk" 2>/dev/null || true
+    ACKONCE_SERVICES_DIR=$1 "$here/services" down || say "failed to end the servers in $1"
+    rm -f "$1.log"
+}
+
 # quoted WORD...: the words as a shell reads them back.
 quoted() {
     (($# == 0)) || printf '%q ' "$@"

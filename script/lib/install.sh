@@ -41,6 +41,8 @@ missing_packages() {
             tests)
                 python_with_pika >/dev/null || echo python3-pika
                 have shellcheck || echo shellcheck
+            # For daemons whose clock is off.
+            have faketime || echo faketime
                 ;;
             chroot)
                 have debootstrap || echo debootstrap

@@ -10,7 +10,11 @@
 
 # The state file holds lines `kind name value`; the last one of a kind and name
 # counts. Kinds: process (pid and start), port, home (a folder that is removed
-# by `down`), root (the chroot).
+# by `down`), root (the chroot), nodes (how many of RabbitMQ), cookie (by which
+# they know one another).
+#
+# The nodes of a RabbitMQ cluster are servers called rabbitmq, rabbitmq2,
+# rabbitmq3, with ports amqp, amqp2, amqp3 and so on.
 remember() {
     printf '%s\n' "$*" >>"$state"
 }
@@ -224,18 +228,41 @@ rabbitmq_memory_bytes() {
     printf '%s\n' $((bytes > 4000000000 ? 4000000000 : bytes))
 }
 
-# write_rabbitmq_config HOME INNER_HOME: the node's files, and `rabbitmqctl`
-# beside the state file, which speaks to this node alone. INNER_HOME is HOME as
-# seen from inside the chroot.
+# node_suffixes: what stands behind the names of each node's server and ports.
+node_suffixes() {
+    local nodes number
+    nodes=$(recall nodes rabbitmq)
+    echo ''
+    for ((number = 2; number <= ${nodes:-1}; number++)); do
+        echo "$number"
+    done
+}
+
+# write_cluster_config HOME: by which the nodes find one another when they start
+# for the first time. Nothing where there is one alone.
+write_cluster_config() {
+    local suffix number=0
+    [[ -n $(recall cookie rabbitmq) ]] || return 0
+    (umask 377 && recall cookie rabbitmq >"$1/.erlang.cookie")
+    echo 'cluster_formation.peer_discovery_backend = classic_config'
+    while read -r suffix; do
+        number=$((number + 1))
+        echo "cluster_formation.classic_config.nodes.$number = ackonce-$(recall port "amqp$suffix")@localhost"
+    done < <(node_suffixes)
+}
+
+# write_rabbitmq_config HOME INNER_HOME SUFFIX: the node's files, and
+# `rabbitmqctl` beside the state file, which speaks to this node alone.
+# INNER_HOME is HOME as seen from inside the chroot.
 write_rabbitmq_config() {
-    local home=$1 inner=$2 environment
+    local home=$1 inner=$2 suffix=$3 environment
     mkdir -p "$home/conf.d"
     : >"$home/env.conf"
     printf '[rabbitmq_management].\n' >"$home/enabled_plugins"
     cat >"$home/rabbitmq.conf" <<END
-listeners.tcp.1 = 127.0.0.1:$(recall port amqp)
+listeners.tcp.1 = 127.0.0.1:$(recall port "amqp$suffix")
 management.tcp.ip = 127.0.0.1
-management.tcp.port = $(recall port management)
+management.tcp.port = $(recall port "management$suffix")
 collect_statistics_interval = 1000
 disk_free_limit.absolute = 50MB
 vm_memory_high_watermark.absolute = $(rabbitmq_memory_bytes)
@@ -243,6 +270,7 @@ max_message_size = 134217728
 log.console = false
 log.file = log
 END
+    [[ -f $home/.erlang.cookie ]] || write_cluster_config "$home" >>"$home/rabbitmq.conf"
     # By default it reads /proc, which a chroot need not have.
     [[ -z $rabbitmq_root ]] || echo 'vm_memory_calculation_strategy = allocated' >>"$home/rabbitmq.conf"
     # `env -i`: nothing that this shell happens to hold, a RABBITMQ_ variable
@@ -250,9 +278,9 @@ END
     # server rather than wait for it as its parent.
     environment=(env -i "PATH=$PATH:/usr/sbin:/sbin" LANG=C.UTF-8 "HOME=$inner" detached=true
         ERL_EPMD_ADDRESS=127.0.0.1 "ERL_EPMD_PORT=$(recall port epmd)"
-        "RABBITMQ_NODENAME=ackonce-$(recall port amqp)@localhost"
-        RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 "RABBITMQ_NODE_PORT=$(recall port amqp)"
-        "RABBITMQ_DIST_PORT=$(recall port dist)"
+        "RABBITMQ_NODENAME=ackonce-$(recall port "amqp$suffix")@localhost"
+        RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 "RABBITMQ_NODE_PORT=$(recall port "amqp$suffix")"
+        "RABBITMQ_DIST_PORT=$(recall port "dist$suffix")"
         RABBITMQ_CTL_DIST_PORT_MIN=32000 RABBITMQ_CTL_DIST_PORT_MAX=32700
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=-kernel inet_dist_use_interface {127,0,0,1}"
         "RABBITMQ_CTL_ERL_ARGS=-kernel inet_dist_use_interface {127,0,0,1}"
@@ -263,13 +291,13 @@ END
         "RABBITMQ_CONF_ENV_FILE=$inner/env.conf"
         "RABBITMQ_GENERATED_CONFIG_DIR=$inner" "RABBITMQ_SCHEMA_DIR=$inner/schema")
     # One text under two names: it runs the program that it is called like.
-    cat >"$services_dir/rabbitmqctl" <<END
+    cat >"$services_dir/rabbitmqctl$suffix" <<END
 #!/usr/bin/env bash
 exec $(quoted "${in_chroot[@]}")sh -c 'cd "\$1" && shift && exec "\$@"' sh $(quoted "$inner" "${environment[@]}")\
-    $(printf %q "$(rabbitmq_bin)")/"\${0##*/}" "\$@"
+    $(printf %q "$(rabbitmq_bin)")/"\$(basename "\$0" $(printf %q "$suffix"))" "\$@"
 END
-    chmod 755 "$services_dir/rabbitmqctl"
-    cp "$services_dir/rabbitmqctl" "$home/rabbitmq-server"
+    chmod 755 "$services_dir/rabbitmqctl$suffix"
+    cp "$services_dir/rabbitmqctl$suffix" "$home/rabbitmq-server"
 }
 
 # An epmd of its own, so that it can be ended with the node: the node would
@@ -284,29 +312,52 @@ epmd_answers() {
     answers "$(recall port epmd)"
 }
 
-start_rabbitmq() {
-    local home inner name
+# plan_cluster NODES: ports and cookie, before the first node starts: each is
+# told of all.
+plan_cluster() {
+    local suffix name
+    remember nodes rabbitmq "$1"
+    [[ -n $(recall cookie rabbitmq) ]] ||
+        remember cookie rabbitmq "$(od -An -N20 -tx1 /dev/urandom | tr -d ' \n')"
+    while read -r suffix; do
+        for name in amqp dist management; do
+            [[ -n $(recall port "$name$suffix") ]] || choose_port "$name$suffix" >/dev/null
+        done
+    done < <(node_suffixes)
+}
+
+start_rabbitmq() { start_node ''; }
+start_rabbitmq2() { start_node 2; }
+start_rabbitmq3() { start_node 3; }
+rabbitmq_answers() { node_answers ''; }
+rabbitmq2_answers() { node_answers 2; }
+rabbitmq3_answers() { node_answers 3; }
+
+start_node() {
+    local suffix=$1 home inner name
     if [[ -n $rabbitmq_root ]]; then
-        home=$(home_of rabbitmq "$rabbitmq_root/var/tmp")
+        home=$(home_of "rabbitmq$suffix" "$rabbitmq_root/var/tmp")
     else
-        home=$(home_of rabbitmq)
+        home=$(home_of "rabbitmq$suffix")
     fi
     inner=${home#"$rabbitmq_root"}
     for name in amqp dist management; do
-        choose_port "$name" >/dev/null
+        choose_port "$name$suffix" >/dev/null
     done
-    write_rabbitmq_config "$home" "$inner"
-    launch rabbitmq "$home/output" "$home/rabbitmq-server"
+    # Its children outlive a node that was killed for a moment.
+    await_quiet "$home"
+    write_rabbitmq_config "$home" "$inner" "$suffix"
+    launch "rabbitmq$suffix" "$home/output" "$home/rabbitmq-server"
 }
 
-rabbitmq_answers() {
-    local greeting
+node_answers() {
+    local suffix=$1 greeting
     runs epmd || return 1
     # The management plugin says whose node it is; a broker that takes AMQP
     # greets with a frame of type 1.
-    [[ $(curl -fsS -m 5 -u guest:guest "http://127.0.0.1:$(recall port management)/api/overview" 2>/dev/null) \
-        == *"\"node\":\"ackonce-$(recall port amqp)@localhost\""* ]] || return 1
-    greeting=$( (exec 3<>"/dev/tcp/127.0.0.1/$(recall port amqp)" &&
+    [[ $(curl -fsS -m 5 -u guest:guest "http://127.0.0.1:$(recall port "management$suffix")/api/overview" 2>/dev/null) \
+        == *"\"node\":\"ackonce-$(recall port "amqp$suffix")@localhost\""* ]] || return 1
+    greeting=$( (exec 3<>"/dev/tcp/127.0.0.1/$(recall port "amqp$suffix")" &&
         printf 'AMQP\0\0\x09\x01' >&3 && LC_ALL=C IFS= read -r -t 5 -n 1 -u 3 byte &&
         printf '%d' "'$byte") 2>/dev/null) && [[ $greeting == 1 ]]
 }

@@ -14,11 +14,13 @@ use amiquip::{
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::address::Address;
+use super::cause::{Cause, Happening};
 use super::error::{ConnectError, LinkError, Stage};
 use super::guard::{FRAME_MAX_DEFAULT, Guard, RepairLog};
 use super::transport::{self, Transport};
 use super::watchdog::{Watch, Watchdog};
-use crate::config::checked::Broker;
+use crate::config::checked::{Broker, Secret};
+use crate::stop::Stop;
 
 /// amiquip's channel ids overflow above this.
 const CHANNEL_MAX: u16 = 2047;
@@ -40,6 +42,7 @@ pub struct Link {
     open: Option<Open>,
     repairs: RepairLog,
     address: Address,
+    server: usize,
     blocked: Option<String>,
 }
 
@@ -49,7 +52,8 @@ struct Open {
     alarms: Receiver<ConnectionBlockedNotification>,
 }
 
-/// Opens a connection within `broker.connect_timeout`.
+/// Opens a connection to the first of the broker's URLs that is of use, each
+/// within `broker.connect_timeout`.
 ///
 /// `purpose` is what RabbitMQ's management pages show beside the program's
 /// name and version: `orders consumer`.
@@ -58,33 +62,91 @@ struct Open {
 ///
 /// [`ConnectError`], by the step that failed.
 pub fn open(broker: &Broker, purpose: &str) -> Result<Link, ConnectError> {
-    let deadline = Instant::now() + broker.connect_timeout;
-    let address = Address::parse(&broker.url)?;
-    let (transport, socket) = Transport::connect(broker, &address, deadline)?;
-    let local = |error| ConnectError::local(&address, &error);
-    let clone = socket.try_clone().map_err(local)?;
-    let watchdog = Watchdog::start(clone).map_err(local)?;
-    let watch = watchdog.watch(deadline.saturating_duration_since(Instant::now()));
-    // Between the socket and amiquip: what a message can do to its parser, it
-    // must not do to the process.
-    let guard = Guard::new(transport, FRAME_MAX_DEFAULT, heartbeat(broker));
-    let repairs = guard.repair_log();
-    let mut connection = log_in(broker, &address, purpose, guard, &watchdog, deadline)?;
-    let alarms = connection
-        .listen_for_connection_blocked()
-        .map_err(|error| ConnectError::from_login(address.to_string(), &error))?;
-    drop(watch);
-    transport::login_done(&socket).map_err(local)?;
-    Ok(Link {
-        open: Some(Open {
-            connection,
-            watchdog,
-            alarms,
-        }),
-        repairs,
-        address,
-        blocked: None,
-    })
+    Dial::new(broker, purpose).open()
+}
+
+/// How a connection is opened.
+#[derive(Clone, Copy)]
+pub struct Dial<'a> {
+    /// Whereto, and how long each URL may take.
+    pub broker: &'a Broker,
+    /// What for, as [`open`] has it.
+    pub purpose: &'a str,
+    /// The URL to begin with, counted from 0; beyond the last one it goes on
+    /// with the first.
+    pub first: usize,
+    /// Once this is set, no further URL is tried, and calls on the connection
+    /// end as soon as the broker goes silent.
+    pub stop: Option<&'a Stop>,
+}
+
+impl<'a> Dial<'a> {
+    /// From the first URL on, whatever the daemon does.
+    #[must_use]
+    pub fn new(broker: &'a Broker, purpose: &'a str) -> Self {
+        Self {
+            broker,
+            purpose,
+            first: 0,
+            stop: None,
+        }
+    }
+
+    /// Tries each URL once, in turn, until one is of use.
+    ///
+    /// # Errors
+    ///
+    /// The [`ConnectError`] of the only URL, or those of all.
+    pub fn open(self) -> Result<Link, ConnectError> {
+        let urls = &self.broker.urls;
+        let mut failures = Vec::new();
+        for step in 0..urls.len() {
+            let server = (self.first % urls.len() + step) % urls.len();
+            match self.open_one(server, &urls[server]) {
+                Ok(link) => return Ok(link),
+                Err(error) => failures.push(error),
+            }
+            if self.stop.is_some_and(Stop::is_set) {
+                break;
+            }
+        }
+        Err(match failures.pop() {
+            Some(only) if failures.is_empty() => only,
+            last => ConnectError::All(failures.into_iter().chain(last).collect()),
+        })
+    }
+
+    fn open_one(self, server: usize, url: &Secret) -> Result<Link, ConnectError> {
+        let broker = self.broker;
+        let deadline = Instant::now() + broker.connect_timeout;
+        let address = Address::parse(url)?;
+        let (transport, socket) = Transport::connect(broker, &address, deadline)?;
+        let local = |error| ConnectError::local(&address, &error);
+        let clone = socket.try_clone().map_err(local)?;
+        // Between the socket and amiquip: what a message can do to its parser,
+        // it must not do to the process.
+        let guard = Guard::new(transport, FRAME_MAX_DEFAULT, heartbeat(broker));
+        let watchdog = Watchdog::start(clone, guard.pulse(), self.stop.cloned()).map_err(local)?;
+        let watch = watchdog.watch(deadline.saturating_duration_since(Instant::now()));
+        let repairs = guard.repair_log();
+        let mut connection = log_in(broker, &address, self.purpose, guard, &watchdog, deadline)?;
+        let alarms = connection
+            .listen_for_connection_blocked()
+            .map_err(|error| ConnectError::from_login(address.to_string(), &error))?;
+        drop(watch);
+        transport::login_done(&socket).map_err(local)?;
+        Ok(Link {
+            open: Some(Open {
+                connection,
+                watchdog,
+                alarms,
+            }),
+            repairs,
+            address,
+            server,
+            blocked: None,
+        })
+    }
 }
 
 /// amiquip's handshake, on a thread of its own: it waits without limit.
@@ -156,14 +218,31 @@ impl Link {
     /// The broker's version, as it says itself; empty when it does not.
     #[must_use]
     pub fn server_version(&self) -> &str {
-        let version = self
+        self.server_property("version")
+    }
+
+    /// The name of the cluster that the broker belongs to, as it says itself;
+    /// empty when it does not.
+    #[must_use]
+    pub fn cluster_name(&self) -> &str {
+        self.server_property("cluster_name")
+    }
+
+    fn server_property(&self, name: &str) -> &str {
+        let value = self
             .open
             .as_ref()
-            .and_then(|open| open.connection.server_properties().get("version"));
-        match version {
-            Some(AmqpValue::LongString(version)) => version,
+            .and_then(|open| open.connection.server_properties().get(name));
+        match value {
+            Some(AmqpValue::LongString(value)) => value,
             _ => "",
         }
+    }
+
+    /// Which of the broker's URLs it leads to, counted from 0.
+    #[must_use]
+    pub fn server(&self) -> usize {
+        self.server
     }
 
     /// Where it leads; `Display` shows it without the password.
@@ -195,7 +274,7 @@ impl Link {
             } else {
                 LinkError::Lost {
                     address,
-                    cause: error.to_string(),
+                    cause: Cause::of(&error),
                 }
             }
         })
@@ -269,11 +348,11 @@ impl Link {
             Ok((Ok(()), false)) => Ok(()),
             Ok((Err(error), false)) => Err(LinkError::Lost {
                 address,
-                cause: error.to_string(),
+                cause: Cause::of(&error),
             }),
             Err(RecvTimeoutError::Disconnected) => Err(LinkError::Lost {
                 address,
-                cause: "the AMQP library gave up".to_owned(),
+                cause: Cause::new(Happening::Other, "the AMQP library gave up"),
             }),
         }
     }
@@ -326,6 +405,6 @@ fn end_elsewhere<H: Send + 'static>(
 fn gone(address: String) -> LinkError {
     LinkError::Lost {
         address,
-        cause: "it is closed".to_owned(),
+        cause: Cause::new(Happening::Other, "it is closed"),
     }
 }

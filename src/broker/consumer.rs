@@ -12,6 +12,7 @@ use std::time::Duration;
 use amiquip::{Channel, Consumer, ConsumerOptions};
 use crossbeam_channel::{Receiver, Sender};
 
+use super::cause::{Cause, Happening};
 use super::connection::Link;
 use crate::backoff::Backoff;
 use crate::config::checked;
@@ -70,18 +71,30 @@ pub enum End {
         unfinished: usize,
     },
     /// The connection, channel or consumer is gone.
-    Lost(String),
+    Lost(Cause),
     /// A worker panicked: its deliveries go back with the connection.
     Panicked,
 }
 
-/// Consumes until something ends it, and leaves the link to be closed.
+/// Consumes until something ends it, and leaves the link to be closed. Also
+/// says how many deliveries the broker was told about.
 #[must_use]
-pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> End {
-    let mut flow = match Flow::new(link, channel, &feed) {
-        Ok(flow) => flow,
-        Err(error) => return End::Lost(format!("failed to start the courier: {error}")),
-    };
+pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> (End, u64) {
+    match Flow::new(link, channel, &feed) {
+        Ok(mut flow) => (consume(&mut flow, link, channel, &mut feed), flow.settled()),
+        Err(error) => {
+            let text = format!("failed to start the courier: {error}");
+            (End::Lost(Cause::new(Happening::Other, text)), 0)
+        }
+    }
+}
+
+fn consume<'a>(
+    flow: &mut Flow<'a>,
+    link: &'a Link,
+    channel: &'a Channel,
+    feed: &mut Feed<'_>,
+) -> End {
     // A connection that is made in the middle of a pause begins with it.
     let mut paused = feed.gate.closed_for() >= Some(PAUSE_AFTER);
     loop {
@@ -89,11 +102,15 @@ pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> End {
             true => PAUSED_PREFETCH.min(feed.consumer.prefetch),
             false => feed.consumer.prefetch,
         };
-        let consumer = match subscribe(link, channel, &feed, prefetch) {
+        let consumer = match subscribe(link, channel, feed, prefetch) {
             Ok(consumer) => consumer,
             Err(cause) => return End::Lost(cause),
         };
-        let turn = flow.consume(consumer.receiver(), &feed, paused);
+        let turn = flow.consume(consumer.receiver(), feed, paused);
+        if matches!(turn, Turn::Stop) {
+            // Whatever becomes of the rest: nothing more is begun.
+            *feed.stopper = None;
+        }
         let watch = link.watch(CALL_WITHIN);
         if let Turn::End(end) = turn {
             // Its drop asks the broker to cancel it.
@@ -103,18 +120,18 @@ pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> End {
         // Dropping a consumer that still gets deliveries can kill the
         // connection: it is cancelled and drained first.
         if let Err(error) = consumer.cancel() {
-            return End::Lost(format!("failed to cancel the consumer: {error}"));
+            return flow.lost("failed to cancel the consumer", &error);
         }
         drop(watch);
         let turned = match turn {
-            Turn::Stop => return flow.drain(consumer.receiver(), &mut feed),
+            Turn::Stop => return flow.drain(consumer.receiver(), feed),
             Turn::Pause => {
                 paused = true;
-                flow.give_back(consumer.receiver(), &feed)
+                flow.give_back(consumer.receiver(), feed)
             }
             Turn::Resume | Turn::End(_) => {
                 paused = false;
-                flow.keep(consumer.receiver())
+                flow.keep(consumer.receiver(), feed)
             }
         };
         if let Err(end) = turned {
@@ -130,15 +147,19 @@ fn subscribe<'a>(
     channel: &'a Channel,
     feed: &Feed<'_>,
     prefetch: u16,
-) -> Result<Consumer<'a>, String> {
+) -> Result<Consumer<'a>, Cause> {
     let _watch = link.watch(CALL_WITHIN);
+    let failed = |action: &str, error: &amiquip::Error| match link.timed_out() {
+        true => Cause::new(Happening::Silent, format!("{action}: no answer in time")),
+        false => Cause::of(error).while_it(action),
+    };
     channel
         .qos(0, prefetch, false)
-        .map_err(|error| format!("failed to set the prefetch: {error}"))?;
+        .map_err(|error| failed("failed to set the prefetch", &error))?;
     let queue = &feed.consumer.topology.queue;
     let consumer = channel
         .basic_consume(queue, ConsumerOptions::default())
-        .map_err(|error| format!("failed to consume from queue {queue}: {error}"))?;
+        .map_err(|error| failed(&format!("failed to consume from queue {queue}"), &error))?;
     log::info!(
         consumer = feed.consumer.name.as_str(), queue = queue.as_str(),
         workers = feed.consumer.workers, prefetch = prefetch,

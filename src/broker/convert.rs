@@ -6,8 +6,8 @@ use amiquip::{AmqpValue, FieldTable};
 use serde_json::{Map, Number, Value};
 
 use crate::message::{
-    ATTEMPTS_HEADER, CC_HEADER, EXCHANGE_HEADER, Message, REASON_HEADER, ROUTING_KEY_HEADER,
-    Repairs, USER_ID_HEADER, hex,
+    ATTEMPTS_HEADER, CC_HEADER, EXCHANGE_HEADER, Message, REASON_HEADER, REPLAY_HEADER,
+    REPLAYED_AT_HEADER, REPLAYS_HEADER, ROUTING_KEY_HEADER, Repairs, USER_ID_HEADER, hex,
 };
 
 /// Headers that the broker wrote about the journey of a message. In a copy
@@ -39,8 +39,10 @@ pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> 
         exchange: text(EXCHANGE_HEADER).unwrap_or_else(|| clean(&delivery.exchange)),
         routing_key: text(ROUTING_KEY_HEADER).unwrap_or_else(|| clean(&delivery.routing_key)),
         redelivered: delivery.redelivered,
+        replayed: header(REPLAYS_HEADER).is_some(),
         body: std::mem::take(&mut delivery.body),
         message_id: properties.message_id().clone(),
+        content_type: properties.content_type().clone(),
         // Some publishers send milliseconds; that is a far future, not an error.
         published_at: properties
             .timestamp()
@@ -79,6 +81,9 @@ fn headers(table: &FieldTable) -> Map<String, Value> {
         ROUTING_KEY_HEADER,
         REASON_HEADER,
         USER_ID_HEADER,
+        REPLAYS_HEADER,
+        REPLAYED_AT_HEADER,
+        REPLAY_HEADER,
     ] {
         headers.remove(own);
     }
@@ -101,7 +106,7 @@ fn object(table: &FieldTable) -> Map<String, Value> {
 }
 
 /// Recursion ends at the guard's limit: deeper tables never reach amiquip.
-fn json(value: &AmqpValue) -> Value {
+pub(super) fn json(value: &AmqpValue) -> Value {
     match value {
         AmqpValue::Boolean(value) => Value::Bool(*value),
         AmqpValue::ShortShortInt(value) => Value::from(*value),

@@ -19,7 +19,7 @@ pub(super) use copy::Copy;
 use copy::LaneName;
 use lanes::Lanes;
 
-use super::connection;
+use super::connection::Dial;
 use super::consumer::PAUSED_PREFETCH;
 use super::publisher::{Fate, Limits, PublishError, Publisher, Seq};
 use super::topology;
@@ -61,9 +61,11 @@ pub(super) struct Courier {
 }
 
 impl Courier {
-    /// Starts the thread; it connects when it has something to send.
+    /// Starts the thread; it connects when it has something to send, to the
+    /// URL number `first` before the others.
     pub(super) fn start(
         broker: &checked::Broker,
+        first: usize,
         consumer: &checked::Consumer,
         backoff: Backoff,
     ) -> std::io::Result<Self> {
@@ -74,6 +76,7 @@ impl Courier {
         let (tell, fates) = bounded(most);
         let mut clerk = Clerk {
             broker: broker.clone(),
+            first,
             consumer: Arc::new(consumer.clone()),
             backoff,
             lanes: Lanes::new(backoff),
@@ -118,6 +121,9 @@ impl Courier {
 /// The courier's own side.
 struct Clerk {
     broker: checked::Broker,
+    /// The URL to begin with: the consumer's at first, the next one when a
+    /// connection was lost.
+    first: usize,
     consumer: Arc<checked::Consumer>,
     backoff: Backoff,
     lanes: Lanes,
@@ -234,7 +240,7 @@ impl Clerk {
             Some(publisher) => publisher,
             None => {
                 let purpose = format!("{} publisher", self.consumer.name);
-                match Publisher::open(&self.broker, &purpose, LIMITS) {
+                match Publisher::dial(self.dial(&purpose), LIMITS) {
                     Ok(publisher) => self.publisher.insert(publisher),
                     Err(error) => {
                         self.waiting.push_front(copy);
@@ -297,10 +303,12 @@ impl Clerk {
         let fates = publisher.wait(within);
         let lost = publisher.lost().map(str::to_owned);
         let refused = publisher.refused();
+        let went_astray = publisher.went_astray();
+        let server = publisher.server();
         // One that was alone tells what it was lost for.
         let alone = self.sent.len() == 1;
         let mut troubles: HashMap<LaneName, String> = HashMap::new();
-        let mut unroutable = false;
+        let mut unroutable = went_astray;
         for (seq, fate) in fates {
             let Some(copy) = self.sent.remove(&seq) else {
                 continue;
@@ -332,6 +340,8 @@ impl Clerk {
         }
         if let Some(cause) = lost {
             self.publisher = None;
+            // A channel that the broker closed says nothing against its node.
+            self.first = server + usize::from(!refused && !went_astray);
             if troubles.is_empty() {
                 self.fail(&cause);
             } else if !alone {
@@ -354,12 +364,23 @@ impl Clerk {
         }
     }
 
-    /// A retry queue may have been deleted under the daemon.
+    fn dial<'d>(&'d self, purpose: &'d str) -> Dial<'d> {
+        Dial {
+            first: self.first,
+            ..Dial::new(&self.broker, purpose)
+        }
+    }
+
+    /// A queue, an exchange or a binding may have been deleted under the
+    /// daemon.
     fn declare_again(&self) {
-        let declared = connection::open(&self.broker, &format!("{} topology", self.consumer.name))
+        let purpose = format!("{} topology", self.consumer.name);
+        let declared = self
+            .dial(&purpose)
+            .open()
             .map_err(|error| error.to_string())
             .and_then(|mut link| {
-                topology::declare_retry_queues(&mut link, &self.consumer, CALL_WITHIN)
+                topology::declare_again(&mut link, &self.consumer, CALL_WITHIN)
                     .map_err(|error| error.to_string())
             });
         if let Err(error) = declared {

@@ -8,6 +8,8 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::address::AddressError;
+use super::cause::Cause;
+pub use crate::trust::TlsProblem;
 
 /// What a connection was waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,43 +37,6 @@ impl Stage {
                  3 s before it closes)"
             }
             Self::Channel => "opening a channel",
-        }
-    }
-}
-
-/// What TLS did not like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TlsProblem {
-    /// The certificate is not signed by an authority that is trusted here.
-    UnknownIssuer,
-    /// The certificate is for other host names.
-    WrongHost,
-    /// The certificate's time has passed, or this host's clock is wrong.
-    Expired,
-    /// The certificate's time has not come, or this host's clock is wrong.
-    NotYetValid,
-    /// The port answered with something that is not TLS.
-    NotTls,
-    /// Anything else; the detail says what.
-    Other,
-}
-
-impl TlsProblem {
-    fn hint(self) -> &'static str {
-        match self {
-            Self::UnknownIssuer => {
-                "the server's certificate is not signed by a trusted authority; set ca_file in \
-                 [broker] to the authority's certificate"
-            }
-            Self::WrongHost => {
-                "the server's certificate is for another host name; use one it lists in the URL"
-            }
-            Self::Expired => "the server's certificate has expired, or this host's clock is wrong",
-            Self::NotYetValid => {
-                "the server's certificate is not valid yet, or this host's clock is wrong"
-            }
-            Self::NotTls => "the port does not speak TLS; is it the one for amqp://?",
-            Self::Other => "see the broker's log",
         }
     }
 }
@@ -125,7 +90,10 @@ pub enum ConnectError {
         detail: String,
     },
     /// The TLS handshake failed.
-    #[error("failed to set up TLS with {address}: {detail}; {}", problem.hint())]
+    #[error(
+        "failed to set up TLS with {address}: {detail}; {}",
+        problem.hint().unwrap_or("see the broker's log")
+    )]
     Tls {
         /// Whereto, without password.
         address: String,
@@ -147,7 +115,10 @@ pub enum ConnectError {
         address: String,
     },
     /// The vhost does not exist, or the user may not use it, or is over a limit.
-    #[error("failed to open the vhost of {address}: {text} (reply {code})")]
+    #[error(
+        "failed to open the vhost of {address}: {text} (reply {code}); make it, and give the user \
+         configure, write and read permission on it"
+    )]
     Vhost {
         /// Whereto, without password.
         address: String,
@@ -177,6 +148,9 @@ pub enum ConnectError {
         /// What happened.
         detail: String,
     },
+    /// Each of several URLs failed.
+    #[error("none of the {} URLs of the broker is of use: {}", .0.len(), joined(.0))]
+    All(Vec<ConnectError>),
     /// This host has no threads, sockets or memory left.
     #[error("failed to prepare a connection to {address}: {detail}")]
     Local {
@@ -185,6 +159,11 @@ pub enum ConnectError {
         /// What is missing.
         detail: String,
     },
+}
+
+fn joined(errors: &[ConnectError]) -> String {
+    let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    texts.join("; ")
 }
 
 impl ConnectError {
@@ -242,7 +221,7 @@ pub enum LinkError {
     Lost {
         /// Whereto, without password.
         address: String,
-        /// The broker's or the socket's words.
-        cause: String,
+        /// The broker's or the socket's words, and what they mean.
+        cause: Cause,
     },
 }

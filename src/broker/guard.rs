@@ -37,6 +37,8 @@ use method::{Method, Offer};
 pub use repair_log::{REPAIRS_MAX, RepairLog};
 pub use table::NESTING_MAX;
 
+use super::watchdog::Pulse;
+
 /// Frame limit that RabbitMQ offers by default, in bytes, header and end byte
 /// included.
 pub const FRAME_MAX_DEFAULT: u32 = 131_072;
@@ -75,6 +77,7 @@ pub struct Guard<S> {
     inner: S,
     offer: Offer,
     log: RepairLog,
+    pulse: Pulse,
     /// `start..ready` is safe and waits to be handed out, `ready..end` is the
     /// beginning of a frame that is still incomplete.
     buffer: Vec<u8>,
@@ -117,6 +120,7 @@ impl<S> Guard<S> {
                 heartbeat: heartbeat.max(HEARTBEAT_MIN),
             },
             log: RepairLog::default(),
+            pulse: Pulse::default(),
             buffer: vec![0; READ_AHEAD],
             start: 0,
             ready: 0,
@@ -131,6 +135,11 @@ impl<S> Guard<S> {
     #[must_use]
     pub fn repair_log(&self) -> RepairLog {
         self.log.clone()
+    }
+
+    /// Beats when something comes in.
+    pub(super) fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// Makes safe as much of `ready..end` as there is.
@@ -255,7 +264,10 @@ impl<S: Read> Read for Guard<S> {
             self.make_room();
             match self.inner.read(&mut self.buffer[self.end..]) {
                 Ok(0) => return Ok(0),
-                Ok(count) => self.end += count,
+                Ok(count) => {
+                    self.pulse.beat();
+                    self.end += count;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             }

@@ -14,10 +14,12 @@ use thiserror::Error;
 
 use super::confirms::{Book, Stray};
 pub use super::confirms::{Fate, Seq};
-use super::connection::{self, Link};
+use super::connection::{Dial, Link};
 use super::error::{ConnectError, LinkError, Stage};
 use super::outgoing::{self, Likener};
 pub use super::outgoing::{Outgoing, Unfit};
+use super::properties::Properties;
+use super::topology;
 use crate::config::checked::Broker;
 
 /// How long a dead connection has to say what it died of.
@@ -25,6 +27,9 @@ const CAUSE_WITHIN: Duration = Duration::from_secs(2);
 
 /// AMQP's reply code for a message that breaks a rule of the broker's.
 const PRECONDITION_FAILED: u16 = 406;
+
+/// AMQP's reply code for an exchange that does not exist.
+const NOT_FOUND: u16 = 404;
 
 /// What a publisher may have in flight, and how long it waits.
 #[derive(Debug, Clone, Copy)]
@@ -95,9 +100,11 @@ pub struct Publisher {
     live: Option<Live>,
     /// Why it is lost.
     cause: String,
-    /// The broker closed the channel over a message.
-    refused: bool,
+    /// With which reply code the broker closed the channel, if it did.
+    reply: Option<u16>,
     address: String,
+    server: usize,
+    user: String,
     book: Book,
     likener: Likener,
     limits: Limits,
@@ -118,17 +125,56 @@ impl Publisher {
     ///
     /// [`ConnectError`], by the step that failed.
     pub fn open(broker: &Broker, purpose: &str, limits: Limits) -> Result<Self, ConnectError> {
-        let link = connection::open(broker, purpose)?;
-        let address = link.address().to_string();
-        let live = Live::start(link, broker.connect_timeout)?;
+        Self::dial(Dial::new(broker, purpose), limits)
+    }
+
+    /// Like [`Publisher::open`], with a say in which URL comes first.
+    ///
+    /// # Errors
+    ///
+    /// [`ConnectError`], by the step that failed.
+    pub(super) fn dial(dial: Dial<'_>, limits: Limits) -> Result<Self, ConnectError> {
+        let link = dial.open()?;
+        let (address, server) = (link.address().to_string(), link.server());
+        let user = link.address().user.clone();
+        let live = Live::start(link, dial.broker.connect_timeout)?;
         Ok(Self {
             live: Some(live),
             cause: String::new(),
-            refused: false,
+            reply: None,
             address,
+            server,
+            user,
             book: Book::default(),
             likener: Likener::default(),
             limits,
+        })
+    }
+
+    /// Who publishes: the broker takes no other `user_id`.
+    #[must_use]
+    pub fn user(&self) -> &str {
+        &self.user
+    }
+
+    /// Whether there is an exchange of this name: a publish to one that is not
+    /// there ends the channel, and with it all that is unconfirmed.
+    ///
+    /// # Errors
+    ///
+    /// [`PublishError::Lost`] when that cannot be found out.
+    pub fn has_exchange(&mut self, name: &str) -> Result<bool, PublishError> {
+        // Longer names end the connection.
+        if name.is_empty() || name.len() > outgoing::SHORT_STRING_MAX_BYTES {
+            return Ok(name.is_empty());
+        }
+        let found = match &mut self.live {
+            Some(live) => topology::has_exchange(&mut live.link, name, self.limits.wait),
+            None => return Err(self.lost_error()),
+        };
+        found.map_err(|error| PublishError::Lost {
+            address: self.address.clone(),
+            cause: error.to_string(),
         })
     }
 
@@ -157,6 +203,21 @@ impl Publisher {
     ) -> Result<Seq, PublishError> {
         let (properties, property_bytes) = outgoing::persist(route, properties)?;
         self.send(route, body, properties, property_bytes)
+    }
+
+    /// Like [`Publisher::publish`], with properties of every AMQP type. `route`
+    /// is exchange and routing key. The message becomes persistent.
+    ///
+    /// # Errors
+    ///
+    /// As [`Publisher::publish`].
+    pub fn publish_whole(
+        &mut self,
+        route: (&str, &str),
+        body: &[u8],
+        properties: &Properties,
+    ) -> Result<Seq, PublishError> {
+        self.publish_copy(route, body, properties.to_amqp())
     }
 
     fn send(
@@ -225,11 +286,23 @@ impl Publisher {
         self.live.is_none().then_some(self.cause.as_str())
     }
 
+    /// Which of the broker's URLs it leads or led to, counted from 0.
+    pub(super) fn server(&self) -> usize {
+        self.server
+    }
+
     /// True when it is lost because the broker will not have a message such as
     /// one of those that were unconfirmed then (406: longer than its
     /// `max_message_size`, or with a property it objects to).
-    pub(super) fn refused(&self) -> bool {
-        self.refused
+    #[must_use]
+    pub fn refused(&self) -> bool {
+        self.reply == Some(PRECONDITION_FAILED)
+    }
+
+    /// True when it is lost because the exchange of one of the messages that
+    /// were unconfirmed then does not exist.
+    pub(super) fn went_astray(&self) -> bool {
+        self.reply == Some(NOT_FOUND)
     }
 
     /// Waits for what is unconfirmed, at most `within`, and closes the
@@ -307,8 +380,8 @@ impl Publisher {
                 stray.to_string()
             }
             None => {
-                let (cause, refused) = live.cause_of_death(self.limits.wait);
-                self.refused = refused;
+                let (cause, reply) = live.cause_of_death(self.limits.wait);
+                self.reply = reply;
                 cause
             }
         };
@@ -342,7 +415,7 @@ impl Live {
             LinkError::TimedOut { address, .. } => timed_out(address),
             LinkError::Lost { address, cause } => ConnectError::Protocol {
                 address,
-                detail: cause,
+                detail: cause.to_string(),
             },
         })?;
         let watch = link.watch(within);
@@ -408,13 +481,13 @@ impl Live {
     }
 
     /// A dead channel knows why the broker closed it, a dead connection the
-    /// rest. True when the broker objected to a message.
-    fn cause_of_death(self, waited: Duration) -> (String, bool) {
+    /// rest. With the reply code when the broker closed the channel.
+    fn cause_of_death(self, waited: Duration) -> (String, Option<u16>) {
         let Self { link, channel, .. } = self;
         if link.timed_out() {
             link.abandon(channel);
             let cause = format!("the broker did not take a message within {waited:?}");
-            return (cause, false);
+            return (cause, None);
         }
         let watch = link.watch(CAUSE_WITHIN);
         let said = channel.close();
@@ -425,20 +498,17 @@ impl Live {
         ) = said
         {
             link.abandon(());
-            let refused = matches!(
-                error,
-                amiquip::Error::ServerClosedChannel {
-                    code: PRECONDITION_FAILED,
-                    ..
-                }
-            );
-            return (error.to_string(), refused);
+            let reply = match &error {
+                amiquip::Error::ServerClosedChannel { code, .. } => Some(*code),
+                _ => None,
+            };
+            return (error.to_string(), reply);
         }
         let cause = match link.close(CAUSE_WITHIN) {
             Ok(()) => "the channel was closed".to_owned(),
-            Err(LinkError::Lost { cause, .. }) => cause,
+            Err(LinkError::Lost { cause, .. }) => cause.to_string(),
             Err(error) => error.to_string(),
         };
-        (cause, false)
+        (cause, None)
     }
 }

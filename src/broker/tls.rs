@@ -10,22 +10,18 @@
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use mio::{Evented, Poll, PollOpt, Ready, Token};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{
-    CertificateError, ClientConfig, ClientConnection, InvalidMessage, PeerIncompatible,
-    RootCertStore,
-};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection};
 
 use super::address::Address;
 use super::error::{ConnectError, Stage, TlsProblem};
 use super::transport::DeadlineStream;
 use crate::config::checked::Broker;
+use crate::trust;
 
 /// A handshake that ended, over the socket it was made on.
 pub(super) fn connect(
@@ -49,7 +45,7 @@ pub(super) fn connect(
         },
         Failure::Tls(error) => ConnectError::Tls {
             address: address.to_string(),
-            problem: problem(&error),
+            problem: TlsProblem::of(&error),
             detail: error.to_string(),
         },
     })?;
@@ -95,6 +91,12 @@ fn client(broker: &Broker, address: &Address) -> Result<ClientConnection, Connec
         problem: TlsProblem::Other,
         detail: error.to_string(),
     };
+    let authorities = trust::authorities(broker.ca_file.as_deref()).map_err(|error| {
+        ConnectError::Authorities {
+            origin: error.origin,
+            detail: error.detail,
+        }
+    })?;
     let name = ServerName::try_from(address.host.clone()).map_err(|error| ConnectError::Tls {
         address: address.to_string(),
         problem: TlsProblem::WrongHost,
@@ -104,85 +106,9 @@ fn client(broker: &Broker, address: &Address) -> Result<ClientConnection, Connec
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(failed)?
-        .with_root_certificates(authorities(broker)?)
+        .with_root_certificates(authorities)
         .with_no_client_auth();
     ClientConnection::new(Arc::new(config), name).map_err(failed)
-}
-
-/// Those of `ca_file`, or else the system's.
-fn authorities(broker: &Broker) -> Result<RootCertStore, ConnectError> {
-    let mut store = RootCertStore::empty();
-    let Some(path) = &broker.ca_file else {
-        let system = rustls_native_certs::load_native_certs();
-        // The system's store may hold some that are too odd to be read; the
-        // others are of use all the same.
-        let (added, _) = store.add_parsable_certificates(system.certs);
-        if added > 0 {
-            return Ok(store);
-        }
-        let detail = match system.errors.first() {
-            Some(error) => error.to_string(),
-            None => "there are none".to_owned(),
-        };
-        return Err(ConnectError::Authorities {
-            origin: PathBuf::from("the system"),
-            detail: format!("{detail}; install ca-certificates, or set ca_file in [broker]"),
-        });
-    };
-    let failed = |detail: String| ConnectError::Authorities {
-        origin: path.clone(),
-        detail,
-    };
-    for certificate in CertificateDer::pem_file_iter(path).map_err(|error| failed(pem(&error)))? {
-        let certificate = certificate.map_err(|error| failed(pem(&error)))?;
-        store
-            .add(certificate)
-            .map_err(|error| failed(error.to_string()))?;
-    }
-    if store.is_empty() {
-        return Err(failed(
-            "it holds no certificate; ca_file must be a PEM file with BEGIN CERTIFICATE lines"
-                .to_owned(),
-        ));
-    }
-    Ok(store)
-}
-
-/// The library's own words for an I/O error do not name its cause.
-fn pem(error: &rustls::pki_types::pem::Error) -> String {
-    match error {
-        rustls::pki_types::pem::Error::Io(error) => error.to_string(),
-        other => other.to_string(),
-    }
-}
-
-fn problem(error: &rustls::Error) -> TlsProblem {
-    match error {
-        rustls::Error::InvalidCertificate(error) => match error {
-            // A self-signed certificate, or the authority's own, presented by
-            // a server: neither is vouched for by a trusted authority.
-            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
-                TlsProblem::UnknownIssuer
-            }
-            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
-                TlsProblem::WrongHost
-            }
-            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
-                TlsProblem::Expired
-            }
-            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-                TlsProblem::NotYetValid
-            }
-            _ => TlsProblem::Other,
-        },
-        rustls::Error::InvalidMessage(
-            InvalidMessage::InvalidContentType | InvalidMessage::UnknownProtocolVersion,
-        )
-        | rustls::Error::PeerIncompatible(
-            PeerIncompatible::ServerSentHelloRetryRequestWithUnknownExtension,
-        ) => TlsProblem::NotTls,
-        _ => TlsProblem::Other,
-    }
 }
 
 /// Writes all ciphertext there is; `WouldBlock` when the socket is full.
@@ -286,8 +212,9 @@ mod tests {
     use std::collections::VecDeque;
     use std::process::Command;
 
-    use rustls::pki_types::PrivateKeyDer;
-    use rustls::{ServerConfig, ServerConnection};
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use rustls::{RootCertStore, ServerConfig, ServerConnection};
 
     use super::*;
 

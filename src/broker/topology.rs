@@ -19,6 +19,7 @@ use crate::config::checked::{Broker, Consumer, DeadLetters, TopologyMode};
 pub use error::TopologyError;
 use parts::Part;
 pub use probe::HEADER as PROBE_HEADER;
+pub(super) use probe::is_one as is_probe;
 
 /// Everything that comes before consuming: makes what is needed, compares it or
 /// looks for it, and then proves that a dead letter has somewhere to go. Each
@@ -54,43 +55,43 @@ pub fn prepare(
                 find(link, &part, within)?;
                 compare(link, &part, within)?;
             }
-            prove(broker, consumer, proves, within)
+            prove(link, broker, consumer, proves, within)
         }
         TopologyMode::None => {
             for part in parts::used(consumer) {
                 find(link, &part, within)?;
             }
-            prove(broker, consumer, proves, within)
+            prove(link, broker, consumer, proves, within)
         }
     }
 }
 
 fn prove(
+    link: &Link,
     broker: &Broker,
     consumer: &Consumer,
     proves: bool,
     within: Duration,
 ) -> Result<(), TopologyError> {
     match proves {
-        true => probe::dead_letters(broker, consumer, within),
+        true => probe::dead_letters(broker, link.server(), consumer, within),
         false => Ok(()),
     }
 }
 
-/// Makes the queues again in which messages wait for their retry, for when one
-/// was deleted under a running daemon. Makes nothing unless the mode is
-/// `declare`.
+/// Makes everything again, for when a queue, an exchange or a binding was
+/// deleted under a running daemon. Makes nothing unless the mode is `declare`.
 ///
 /// # Errors
 ///
-/// [`TopologyError`] for the first one that cannot be declared.
-pub fn declare_retry_queues(
+/// [`TopologyError`] for the first thing that cannot be declared.
+pub fn declare_again(
     link: &mut Link,
     consumer: &Consumer,
     within: Duration,
 ) -> Result<(), TopologyError> {
     match consumer.topology.mode {
-        TopologyMode::Declare => declare_all(link, parts::retry_queues(consumer), within),
+        TopologyMode::Declare => declare_all(link, parts::all(consumer), within),
         TopologyMode::Verify | TopologyMode::None => Ok(()),
     }
 }
@@ -152,6 +153,30 @@ pub fn inspect(
         topology.dead_letter_exchange
     ));
     Ok(found)
+}
+
+/// Whether the quorum queue `queue`, which must exist, is known to keep what
+/// comes back any number of times: declared with the argument that says so. A
+/// limit that a policy took off is not known. Asks on a channel of its own.
+pub(super) fn is_unlimited(link: &mut Link, queue: &str, within: Duration) -> bool {
+    let part = parts::unlimited(queue);
+    let action = format!("compare {} with one without a delivery limit", part.label());
+    alone(link, &action, within, |channel| part.declare(channel)).is_ok()
+}
+
+/// Whether there is an exchange of this name.
+pub(super) fn has_exchange(
+    link: &mut Link,
+    name: &str,
+    within: Duration,
+) -> Result<bool, TopologyError> {
+    let action = format!("find exchange {name}");
+    let find = |channel: &Channel| channel.exchange_declare_passive(name).map(drop);
+    match alone(link, &action, within, find) {
+        Ok(()) => Ok(true),
+        Err(TopologyError::Missing { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn declare_all<'a>(

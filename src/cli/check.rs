@@ -35,7 +35,7 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
         return Ok(Exit::Success);
     }
     for consumer in &config.consumers {
-        handler::build(&consumer.handler).map_err(|error| {
+        handler::build(consumer).map_err(|error| {
             eprintln!("{error}");
             Exit::Config
         })?;

@@ -2,10 +2,17 @@
 //! none with logic of its own.
 
 pub mod check;
+pub mod completions;
+pub mod dead;
+mod desk;
+pub mod filters;
 pub mod ledger;
+pub mod man;
 pub mod migrate;
 pub mod publish;
+pub mod replay;
 pub mod run;
+pub mod terminal;
 pub mod why;
 
 use std::io::Write;
@@ -81,12 +88,21 @@ pub enum Command {
     Ledger(ledger::Arguments),
     /// Tell what became of one message
     Why(why::Arguments),
+    /// Publish dead letters again, each confirmed before it leaves their queue
+    Replay(replay::Arguments),
+    /// Look at dead letters, and clear them away
+    Dead(dead::Arguments),
     /// Publish messages, each confirmed by the broker: for tests and repairs
     Publish(publish::Arguments),
+    /// Print completions for a shell
+    Completions(completions::Arguments),
+    /// Print the manual's pages
+    #[command(hide = true)]
+    Man(man::Arguments),
 }
 
 /// Where the configuration is.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ConfigArgument {
     /// Configuration file
     #[arg(
@@ -141,7 +157,11 @@ pub fn main() -> Exit {
         Command::Migrate(arguments) => migrate::run(&arguments),
         Command::Ledger(arguments) => ledger::run(&arguments),
         Command::Why(arguments) => why::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
+        Command::Dead(arguments) => dead::run(&arguments),
         Command::Publish(arguments) => publish::run(&arguments),
+        Command::Completions(arguments) => completions::run(&arguments),
+        Command::Man(arguments) => man::run(&arguments),
     };
     result.unwrap_or_else(|exit| exit)
 }

@@ -26,7 +26,7 @@ use crate::broker::publisher::{Fate, Limits, Outgoing, PublishError, Publisher, 
 use crate::config::checked::Broker;
 
 /// Longest line, in bytes: the longest body as base64, and room for the rest.
-const LINE_MAX_BYTES: usize = BODY_MAX_BYTES / 3 * 4 + 1024 * 1024;
+pub(super) const LINE_MAX_BYTES: usize = BODY_MAX_BYTES / 3 * 4 + 1024 * 1024;
 
 /// Longest wait for the confirms of what was sent, once the input has ended.
 const CONFIRM_WITHIN: Duration = Duration::from_secs(60);
@@ -207,7 +207,7 @@ fn whole(input: &mut impl Read) -> Result<Vec<u8>, String> {
 }
 
 /// One line without its end, `None` at the end of the input.
-fn line(input: &mut dyn BufRead) -> Result<Option<Vec<u8>>, String> {
+pub(super) fn line(input: &mut dyn BufRead) -> Result<Option<Vec<u8>>, String> {
     let mut text = Vec::new();
     let read = input
         .take(LINE_MAX_BYTES as u64 + 1)

@@ -1,11 +1,12 @@
 //! `ackonce run`: the daemon in the foreground.
 
 use clap::Args;
-use crossbeam_channel::{bounded, select};
+use crossbeam_channel::{Receiver, bounded, select};
 
 use super::{ConfigArgument, Exit};
 use crate::daemon::{self, Fatal};
-use crate::stop;
+use crate::handler::command;
+use crate::stop::{self, Stopper};
 
 /// Arguments of `ackonce run`.
 #[derive(Debug, Args)]
@@ -41,6 +42,17 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
             log::error!("failed to start a thread: {error}");
             Exit::System
         })?;
+    let exit = until_the_end(stopper, &ended, &signals);
+    // Whatever the handlers' programs still do, nobody waits for it.
+    command::kill_all();
+    exit
+}
+
+fn until_the_end(
+    stopper: Stopper,
+    ended: &Receiver<Result<(), Fatal>>,
+    signals: &Receiver<()>,
+) -> Result<Exit, Exit> {
     let mut stopper = Some(stopper);
     loop {
         select! {

@@ -53,11 +53,12 @@ pub struct Config {
     pub consumers: Vec<Consumer>,
 }
 
-/// `[broker]`: the RabbitMQ server.
+/// `[broker]`: the RabbitMQ server, or the nodes of a cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Broker {
-    /// `amqp://` or `amqps://` URL.
-    pub url: Secret,
+    /// `amqp://` or `amqps://` URLs of one broker or of the nodes of one
+    /// cluster, tried in turn: 1 to 16, each once.
+    pub urls: Vec<Secret>,
     /// PEM file with the certificate authorities to trust instead of the
     /// system's (`amqps` only).
     pub ca_file: Option<std::path::PathBuf>,
@@ -427,6 +428,61 @@ pub enum BindingArgument {
 pub enum Handler {
     /// `type = "sql"`: statements run in the ledger's transaction.
     Sql(SqlHandler),
+    /// `type = "command"`: a program of the user's own.
+    Command(CommandHandler),
+    /// `type = "http"`: each message is a request to one URL.
+    Http(Box<HttpHandler>),
+}
+
+impl Handler {
+    /// What its effect can promise: its type alone says so.
+    #[must_use]
+    pub fn effect(&self) -> Effect {
+        match self {
+            Self::Sql(_) => Effect::Transactional,
+            Self::Command(_) | Self::Http(_) => Effect::Keyed,
+        }
+    }
+}
+
+/// What a handler's effect can promise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Exactly once within the ledger's retention.
+    Transactional,
+    /// At least once, and exactly once where the receiver honours the key.
+    Keyed,
+}
+
+impl Effect {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Transactional, Self::Keyed];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Transactional => "transactional",
+            Self::Keyed => "keyed",
+        }
+    }
+
+    /// The promise in words.
+    #[must_use]
+    pub fn promise(self) -> &'static str {
+        match self {
+            Self::Transactional => "exactly once within the retention",
+            Self::Keyed => {
+                "at least once, and exactly once where the receiver honours the idempotency key"
+            }
+        }
+    }
+}
+
+impl fmt::Display for Effect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 /// `[consumer.handler]` with `type = "sql"`.
@@ -436,4 +492,133 @@ pub struct SqlHandler {
     pub text: String,
     /// Where they came from, for error messages: a path or `inline`.
     pub origin: String,
+}
+
+/// `[consumer.handler]` with `type = "command"`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommandHandler {
+    /// How messages reach the program.
+    pub mode: CommandMode,
+    /// Its absolute path; it was there, and executable, when this was read.
+    pub program: std::path::PathBuf,
+    /// Its arguments, the same for every message.
+    pub arguments: Vec<String>,
+    /// Absolute path of the folder it is started in.
+    pub working_directory: std::path::PathBuf,
+    /// Variables of its environment, names unique.
+    pub env: Vec<(String, Secret)>,
+    /// Variables that it has from the daemon's environment, sorted, none of
+    /// them in `env`; `None` where one is not set.
+    pub pass_env: Vec<(String, Option<Secret>)>,
+    /// Longest time for one message, after which the process group is ended.
+    pub timeout: Duration,
+    /// How long a process group that was told to end has for it.
+    pub kill_after: Duration,
+    /// Longest time to get ready, with [`CommandMode::Stream`].
+    pub start_timeout: Duration,
+}
+
+/// How messages reach a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommandMode {
+    /// A process for each message, its body on standard input.
+    Once,
+    /// A process for each worker, a line of JSON for each message.
+    Stream,
+}
+
+impl CommandMode {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Once, Self::Stream];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Once => "once",
+            Self::Stream => "stream",
+        }
+    }
+}
+
+/// `[consumer.handler]` with `type = "http"`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpHandler {
+    /// The method of every request.
+    pub method: HttpMethod,
+    /// `http://` or `https://` URL, without user, password and fragment; secret,
+    /// since its query may hold a token.
+    pub url: Secret,
+    /// PEM file with the certificate authorities to trust instead of the
+    /// system's (`https` only).
+    pub ca_file: Option<std::path::PathBuf>,
+    /// Content type of every request; `None`: the message's own.
+    pub content_type: Option<String>,
+    /// Headers of every request, sorted, each name once; a value is visible
+    /// ASCII.
+    pub headers: Vec<(String, Secret)>,
+    /// Headers of the message that its request carries.
+    pub forward_headers: Vec<String>,
+    /// Name of the header with the idempotency key.
+    pub key_header: String,
+    /// How that header's value is written.
+    pub key_format: KeyFormat,
+    /// Secrets that sign each request, in base64, the newest first; none: no
+    /// signature.
+    pub signing_secrets: Vec<Secret>,
+    /// Longest wait for name, TCP and TLS together.
+    pub connect_timeout: Duration,
+    /// Longest wait for the whole request, the connection and the answer's body
+    /// included.
+    pub timeout: Duration,
+}
+
+/// Methods that are meant to have an effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HttpMethod {
+    /// `POST`
+    Post,
+    /// `PUT`
+    Put,
+    /// `PATCH`
+    Patch,
+}
+
+impl HttpMethod {
+    /// All there are.
+    pub(super) const ALL: [Self; 3] = [Self::Post, Self::Put, Self::Patch];
+
+    /// As typed, printed and sent.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Post => "POST",
+            Self::Put => "PUT",
+            Self::Patch => "PATCH",
+        }
+    }
+}
+
+/// How the idempotency key is written into its header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyFormat {
+    /// As it is.
+    Plain,
+    /// In double quotes: a string of RFC 9651, as the IETF's draft of
+    /// `Idempotency-Key` has it.
+    Quoted,
+}
+
+impl KeyFormat {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Plain, Self::Quoted];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Quoted => "quoted",
+        }
+    }
 }

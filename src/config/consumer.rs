@@ -65,10 +65,10 @@ fn consumer(
     let confirm_duplicates = section.boolean("confirm_duplicates", defaults::CONFIRM_DUPLICATES);
     let max_deaths = section.integer("max_deaths", &defaults::MAX_DEATHS);
     let retry = retry::retry(section, retention);
-    let failures = retry::failures(section);
     let claim = claim(section);
     let topology = topology::topology(section, name.as_ref(), retry.as_ref(), names);
-    let handler = handler::handler(section);
+    let (handler, codes) = handler::handler(section);
+    let failures = retry::failures(section, codes);
     Some(Consumer {
         name: name?.value,
         workers: workers.value,

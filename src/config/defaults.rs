@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use super::checked::{DeadLetters, Identity, LogFormat, QueueType, TopologyMode};
+use super::checked::{CommandMode, DeadLetters, Identity, QueueType, TopologyMode};
 
 /// What a number or a duration is when nothing is said, and the least and most
 /// it may be.
@@ -73,7 +74,10 @@ pub const SHUTDOWN_TIMEOUT: Setting<Duration> = setting(ms(25 * SECOND), ms(100)
 /// `[daemon] reconnect_min`
 pub const RECONNECT_MIN: Setting<Duration> = setting(ms(100), ms(10), ms(MINUTE));
 /// `[daemon] reconnect_max`
-pub const RECONNECT_MAX: Setting<Duration> = setting(ms(10 * SECOND), ms(10), ms(10 * MINUTE));
+pub const RECONNECT_MAX: Setting<Duration> = setting(ms(3 * SECOND), ms(10), ms(10 * MINUTE));
+
+/// Most servers that `[broker] url` names.
+pub const BROKER_URLS_MAX: usize = 16;
 
 /// `[admin] enabled`
 pub const ADMIN_ENABLED: bool = true;
@@ -151,6 +155,54 @@ pub const DEAD_LETTER_QUEUE_SUFFIX: &str = ".dead";
 /// Longest name of a queue or exchange and longest routing key, in bytes: an
 /// AMQP short string.
 pub const AMQP_NAME_MAX: usize = 255;
+
+/// `[consumer.handler] mode` of a command.
+pub const COMMAND_MODE: CommandMode = CommandMode::Once;
+/// `[consumer.handler] working_directory` of a command.
+pub const COMMAND_WORKING_DIRECTORY: &str = "/";
+/// `[consumer.handler] timeout` of a command.
+pub const COMMAND_TIMEOUT: Setting<Duration> = setting(ms(30 * SECOND), ms(10), ms(HOUR));
+/// `[consumer.handler] kill_after`
+pub const COMMAND_KILL_AFTER: Setting<Duration> = setting(ms(2 * SECOND), ms(0), ms(MINUTE));
+/// `[consumer.handler] start_timeout`
+pub const COMMAND_START_TIMEOUT: Setting<Duration> =
+    setting(ms(30 * SECOND), ms(10), ms(10 * MINUTE));
+/// `PATH` of a command, unless `env` or `pass_env` give another.
+pub const COMMAND_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Most elements of `[consumer.handler] argv`.
+pub const COMMAND_ARGV_MAX: usize = 256;
+/// Most bytes of `argv` and of the values of `env` and `pass_env` together: half
+/// of what Linux takes at the least.
+pub const COMMAND_TEXT_MAX: usize = 64 << 10;
+/// Most variables in `env`, and most in `pass_env`.
+pub const COMMAND_VARIABLES_MAX: usize = 256;
+/// Longest name of a variable, in characters.
+pub const COMMAND_VARIABLE_NAME_MAX: usize = 128;
+
+/// `[consumer.handler] connect_timeout` of type `http`: name, TCP and TLS together.
+pub const HTTP_CONNECT_TIMEOUT: Setting<Duration> = setting(ms(5 * SECOND), ms(10), ms(MINUTE));
+/// `[consumer.handler] timeout` of type `http`: from the first byte sent to the
+/// last one received, the connection included.
+pub const HTTP_TIMEOUT: Setting<Duration> = setting(ms(20 * SECOND), ms(100), ms(HOUR));
+/// `[consumer.handler] key_header`
+pub const KEY_HEADER: &str = "Idempotency-Key";
+/// Most fixed headers of an HTTP request.
+pub const HTTP_HEADERS_MAX: usize = 32;
+/// Most headers of a message that an HTTP request carries.
+pub const HTTP_FORWARD_MAX: usize = 16;
+/// Longest value of an HTTP header, in bytes.
+pub const HTTP_VALUE_MAX: usize = 4 << 10;
+/// Most bytes of an answer that are read.
+pub const HTTP_ANSWER_MAX: usize = 64 << 10;
+/// Longest wait that a receiver can ask for with `Retry-After`, and a program
+/// with `retry_after_ms`.
+pub const RETRY_AFTER_MAX: Duration = ms(HOUR);
+/// Most secrets that sign an HTTP request.
+pub const SIGNING_SECRETS_MAX: usize = 8;
+/// Begins a signing secret; may be left out.
+pub const SIGNING_SECRET_PREFIX: &str = "whsec_";
+/// Bytes of a signing secret, as Standard Webhooks has it.
+pub const SIGNING_SECRET_BYTES: std::ops::RangeInclusive<usize> = 24..=64;
 
 /// Longest configuration file, in bytes.
 pub const CONFIG_FILE_MAX: usize = 1 << 20;

@@ -1,5 +1,7 @@
 //! Every section and key there is, and what was meant by one there is not.
 
+use super::error::{Complaint, shown};
+
 /// A section and its keys, subsections included.
 #[derive(Debug)]
 pub struct Keys {
@@ -134,7 +136,33 @@ pub const BINDING: Keys = Keys {
 /// `[consumer.handler]`
 pub const HANDLER: Keys = Keys {
     title: "[consumer.handler]",
-    keys: &["type", "file", "sql"],
+    keys: &[
+        "type",
+        "effect",
+        "file",
+        "sql",
+        "method",
+        "url",
+        "url_file",
+        "ca_file",
+        "content_type",
+        "headers",
+        "headers_file",
+        "forward_headers",
+        "key_header",
+        "key_format",
+        "signing_secrets",
+        "signing_secrets_file",
+        "connect_timeout",
+        "argv",
+        "mode",
+        "working_directory",
+        "env",
+        "pass_env",
+        "timeout",
+        "kill_after",
+        "start_timeout",
+    ],
 };
 
 /// Every section.
@@ -177,4 +205,21 @@ pub(super) fn nearest<'c>(word: &str, candidates: &[&'c str]) -> Option<&'c str>
         .filter(|(distance, candidate)| *distance * 3 <= candidate.len().max(3))
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
+}
+
+/// The one of `choices` that is called `text`.
+pub(super) fn one_of<T: Copy>(
+    text: &str,
+    choices: &[T],
+    name: fn(T) -> &'static str,
+) -> Result<T, Complaint> {
+    if let Some(choice) = choices.iter().find(|choice| name(**choice) == text) {
+        return Ok(*choice);
+    }
+    let names: Vec<&str> = choices.iter().map(|choice| name(*choice)).collect();
+    let hint = match nearest(text, &names) {
+        Some(near) => format!("did you mean `{near}`? allowed: {}", names.join(", ")),
+        None => format!("allowed: {}", names.join(", ")),
+    };
+    Err(Complaint::new(format!("cannot be {}", shown(text)), hint))
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::checked::{
-    Binding, BindingArgument, Config, Consumer, Handler, Identity, Secret, Topology,
+    Binding, BindingArgument, CommandHandler, CommandMode, Config, Consumer, Handler, HttpHandler,
+    Identity, Secret, Topology,
 };
 use super::handler::INLINE;
 use super::source::REDACTED;
@@ -36,7 +37,7 @@ struct Writer {
 impl Writer {
     fn servers(&mut self, config: &Config) {
         self.header("[broker]");
-        self.secret("url", &config.broker.url);
+        self.secrets("url", &config.broker.urls);
         if let Some(path) = &config.broker.ca_file {
             self.path("ca_file", path);
         }
@@ -128,13 +129,59 @@ impl Writer {
         self.topology(&consumer.topology);
 
         self.header("[consumer.handler]");
-        let Handler::Sql(handler) = &consumer.handler;
-        self.string("type", "sql");
-        if handler.origin == INLINE {
-            self.string("sql", &handler.text);
-        } else {
-            self.string("file", &handler.origin);
+        self.string("effect", consumer.handler.effect().as_str());
+        match &consumer.handler {
+            Handler::Sql(handler) => {
+                self.string("type", "sql");
+                if handler.origin == INLINE {
+                    self.string("sql", &handler.text);
+                } else {
+                    self.string("file", &handler.origin);
+                }
+            }
+            Handler::Http(handler) => self.http(handler),
+            Handler::Command(handler) => self.command(handler),
         }
+    }
+
+    fn command(&mut self, handler: &CommandHandler) {
+        self.string("type", "command");
+        self.string("mode", handler.mode.as_str());
+        let program = handler.program.display().to_string();
+        let argv = std::iter::once(program).chain(handler.arguments.iter().cloned());
+        self.list("argv", argv);
+        self.path("working_directory", &handler.working_directory);
+        self.secret_table("env", &handler.env);
+        let names = handler.pass_env.iter().map(|(name, _)| name.clone());
+        self.list("pass_env", names);
+        self.duration("timeout", handler.timeout);
+        self.duration("kill_after", handler.kill_after);
+        if handler.mode == CommandMode::Stream {
+            self.duration("start_timeout", handler.start_timeout);
+        }
+    }
+
+    fn http(&mut self, handler: &HttpHandler) {
+        self.string("type", "http");
+        self.string("method", handler.method.as_str());
+        self.secret("url", &handler.url);
+        if let Some(path) = &handler.ca_file {
+            self.path("ca_file", path);
+        }
+        if let Some(content_type) = &handler.content_type {
+            self.string("content_type", content_type);
+        }
+        if !handler.headers.is_empty() {
+            self.secret_table("headers", &handler.headers);
+        }
+        self.list("forward_headers", handler.forward_headers.iter().cloned());
+        self.string("key_header", &handler.key_header);
+        self.string("key_format", handler.key_format.as_str());
+        let secrets = handler.signing_secrets.iter();
+        let secrets: Vec<String> = secrets.map(|s| self.shown(s).to_owned()).collect();
+        self.list("signing_secrets", secrets.into_iter());
+        self.duration("connect_timeout", handler.connect_timeout);
+        self.duration("timeout", handler.timeout);
     }
 
     fn topology(&mut self, topology: &Topology) {
@@ -209,12 +256,37 @@ impl Writer {
     }
 
     fn secret(&mut self, key: &str, value: &Secret) {
-        let text = if self.show_secrets {
-            value.expose()
-        } else {
-            REDACTED
-        };
-        self.string(key, text);
+        self.string(key, self.shown(value));
+    }
+
+    /// A table of secrets.
+    fn secret_table(&mut self, key: &str, entries: &[(String, Secret)]) {
+        let entries: Vec<String> = entries
+            .iter()
+            .map(|(name, value)| {
+                let value = quoted(&interpolate::escape(self.shown(value)));
+                format!("{} = {value}", quoted(name))
+            })
+            .collect();
+        self.plain(key, format_args!("{{ {} }}", entries.join(", ")));
+    }
+
+    /// One as a string, several as a list.
+    fn secrets(&mut self, key: &str, values: &[Secret]) {
+        match values {
+            [one] => self.secret(key, one),
+            several => {
+                let shown: Vec<_> = several.iter().map(|s| self.shown(s).to_owned()).collect();
+                self.list(key, shown.into_iter());
+            }
+        }
+    }
+
+    fn shown<'s>(&self, value: &'s Secret) -> &'s str {
+        match self.show_secrets {
+            true => value.expose(),
+            false => REDACTED,
+        }
     }
 }
 

@@ -45,6 +45,11 @@ impl<'r> Reader<'r> {
         self.findings.borrow_mut().push(finding);
     }
 
+    /// The environment variable `name`, where it is set, and text.
+    pub(super) fn variable(&self, name: &str) -> Option<String> {
+        (self.env)(name)
+    }
+
     pub(super) fn has_findings(&self) -> bool {
         !self.findings.borrow().is_empty()
     }
@@ -126,6 +131,11 @@ impl<'r> Section<'r> {
     /// Whether `key` was typed.
     pub(super) fn has(&self, key: &'static str) -> bool {
         self.value(key).is_some()
+    }
+
+    /// Whether `key` holds a list.
+    pub(super) fn has_list(&self, key: &'static str) -> bool {
+        self.value(key).is_some_and(|it| it.get_ref().is_array())
     }
 
     /// Where the value of `key` is, or else the section.

@@ -8,7 +8,7 @@ use super::checked::Retry;
 use super::error::{Complaint, shown};
 use super::reader::{Field, Section, in_range};
 use super::{defaults, duration, keys};
-use crate::failure::{Class, Overrides};
+use crate::failure::{Class, Fit, Overrides};
 
 /// `None` where something is wrong, which is reported. All retries of a message
 /// together fit into `retention`.
@@ -74,7 +74,7 @@ fn check_steps(steps: Vec<Duration>) -> Result<Vec<Duration>, Complaint> {
 
 /// The codes that the consumer's handler can fail with, and what they mean
 /// here.
-pub(super) fn failures(consumer: &Section<'_>) -> Overrides {
+pub(super) fn failures(consumer: &Section<'_>, codes: &Codes) -> Overrides {
     let section = consumer.section("failures", &keys::FAILURES);
     let lists = [
         ("transient", Class::Transient),
@@ -84,11 +84,11 @@ pub(super) fn failures(consumer: &Section<'_>) -> Overrides {
     let mut overrides = Vec::new();
     let mut seen = BTreeMap::new();
     for (key, class) in lists {
-        let codes = section
-            .list(key, "[\"23505\", \"P0\"]", check_sqlstate)
+        let listed = section
+            .list(key, codes.example, codes.check)
             .then(check_count)
             .or(Vec::new());
-        for (code, span) in codes.value {
+        for (code, span) in listed.value {
             if let Some(first) = seen.insert(code.clone(), span) {
                 let line = section.reader.source.line_number(first.start);
                 section.reader.report(
@@ -100,7 +100,7 @@ pub(super) fn failures(consumer: &Section<'_>) -> Overrides {
             overrides.push((code, class));
         }
     }
-    Overrides(overrides)
+    Overrides(overrides, codes.fit)
 }
 
 fn check_count<T>(codes: Vec<T>) -> Result<Vec<T>, Complaint> {
@@ -110,12 +110,22 @@ fn check_count<T>(codes: Vec<T>) -> Result<Vec<T>, Complaint> {
     }
     Err(Complaint::new(
         format!("has too many codes: {}", codes.len()),
-        format!("allowed: up to {most}; the first two characters stand for a whole class"),
+        format!("allowed: up to {most}; the beginning of a code stands for a whole class"),
     ))
 }
 
+/// The codes that the handlers of one type fail with.
+pub(super) struct Codes {
+    /// A list of some, as typed.
+    pub(super) example: &'static str,
+    /// Refuses what is no such code.
+    pub(super) check: fn(&str) -> Result<String, Complaint>,
+    /// What else each of them stands for.
+    pub(super) fit: Fit,
+}
+
 /// A SQLSTATE, or the two characters of a class of them.
-fn check_sqlstate(code: &str) -> Result<String, Complaint> {
+pub(super) fn check_sqlstate(code: &str) -> Result<String, Complaint> {
     let is_code = |code: &str| {
         matches!(code.len(), 2 | 5)
             && code

@@ -11,13 +11,13 @@ use super::{defaults, duration, files, keys, urls};
 /// `None` where something is wrong, which is reported.
 pub(super) fn broker(root: &Section<'_>) -> Option<Broker> {
     let section = root.section("broker", &keys::BROKER);
-    let url = url(&section, urls::check_amqp);
+    let urls = broker_urls(&section);
     let ca_file = section
         .text("ca_file")
         .then(|path| certificate_file(&section, &path))
         .optional();
-    if let (Some(ca_file), Some(url)) = (&ca_file, &url)
-        && !urls::is_tls(url.expose())
+    if let (Some(ca_file), Some(urls)) = (&ca_file, &urls)
+        && !urls.iter().any(|url| urls::is_tls(url.expose()))
     {
         section.reader.report(
             ca_file.span,
@@ -38,14 +38,14 @@ pub(super) fn broker(root: &Section<'_>) -> Option<Broker> {
     }
     let connect_timeout = section.duration("connect_timeout", &defaults::BROKER_CONNECT_TIMEOUT);
     Some(Broker {
-        url: url?,
+        urls: urls?,
         ca_file: ca_file.map(|field| field.value),
         heartbeat: heartbeat.value,
         connect_timeout: connect_timeout.value,
     })
 }
 
-fn certificate_file(section: &Section<'_>, path: &str) -> Result<PathBuf, Complaint> {
+pub(super) fn certificate_file(section: &Section<'_>, path: &str) -> Result<PathBuf, Complaint> {
     let path = files::resolve(section.reader.folder, path);
     let text = files::read_text(&path, defaults::CA_FILE_MAX)
         .map_err(|unreadable| unreadable.complaint(&path))?;
@@ -172,19 +172,14 @@ pub(super) fn daemon(root: &Section<'_>) -> Daemon {
 }
 
 /// The URL from `url` or from the file that `url_file` names.
-fn url(section: &Section<'_>, check: fn(&str) -> Result<(), Complaint>) -> Option<Secret> {
-    if section.has("url") {
-        section.reader.source.hide(section.span_of("url"));
-    }
-    let accept = |text: String| check(&text).map(|()| Secret::new(text));
-    if section.has("url") && section.has("url_file") {
-        section.reader.report(
-            section.span_of("url_file"),
-            format!("both `url` and `url_file` in {}", section.keys.title),
-            "keep one of them",
-        );
+pub(super) fn url(
+    section: &Section<'_>,
+    check: fn(&str) -> Result<(), Complaint>,
+) -> Option<Secret> {
+    if !keeps_to_one_source(section) {
         return None;
     }
+    let accept = |text: String| check(&text).map(|()| Secret::new(text));
     let found = if section.has("url_file") {
         let read = |path: String| read_url_file(section, &path);
         section.text("url_file").then(read).then(accept)
@@ -195,9 +190,54 @@ fn url(section: &Section<'_>, check: fn(&str) -> Result<(), Complaint>) -> Optio
         "add `url`, or `url_file` with the path of a file that holds it; without Redis: \
          enabled = false"
     } else {
-        "add `url`, or `url_file` with the path of a file that holds it"
+        MISSING_URL
     };
     found.required(hint).map(|field| field.value)
+}
+
+const MISSING_URL: &str = "add `url`, or `url_file` with the path of a file that holds it";
+
+/// The URLs from `url`, which may be a list, or from the file that `url_file`
+/// names, one a line.
+fn broker_urls(section: &Section<'_>) -> Option<Vec<Secret>> {
+    if !keeps_to_one_source(section) {
+        return None;
+    }
+    let one = |text: &str| urls::check_amqp(text).map(|()| Secret::new(text.to_owned()));
+    let all = |urls: Vec<Secret>| urls::check_list(&urls).map(|()| urls);
+    let found = if section.has("url_file") {
+        let read = |path: String| read_url_file(section, &path);
+        let lines = |text: String| {
+            let lines = text.lines().filter(|line| !line.trim().is_empty());
+            lines.map(one).collect()
+        };
+        section.text("url_file").then(read).then(lines).then(all)
+    } else if section.has_list("url") {
+        let list = section.list("url", "[\"amqp://HOST-1\", \"amqp://HOST-2\"]", one);
+        let values = |list: Vec<(Secret, _)>| Ok(list.into_iter().map(|(url, _)| url).collect());
+        list.then(values).then(all)
+    } else {
+        section
+            .text("url")
+            .then(|text| one(&text).map(|url| vec![url]))
+    };
+    found.required(MISSING_URL).map(|field| field.value)
+}
+
+/// Hides what `url` holds, and reports when `url_file` is there too.
+fn keeps_to_one_source(section: &Section<'_>) -> bool {
+    if !section.has("url") {
+        return true;
+    }
+    section.reader.source.hide(section.span_of("url"));
+    if section.has("url_file") {
+        section.reader.report(
+            section.span_of("url_file"),
+            format!("both `url` and `url_file` in {}", section.keys.title),
+            "keep one of them",
+        );
+    }
+    !section.has("url_file")
 }
 
 fn read_url_file(section: &Section<'_>, path: &str) -> Result<String, Complaint> {

@@ -40,7 +40,7 @@ pub struct Place {
 pub(super) const REDACTED: &str = "<redacted>";
 
 /// A key that contains one of these holds a secret, unless it ends in `_file`.
-const SECRET_WORDS: [&str; 6] = ["url", "pass", "secret", "token", "credential", "dsn"];
+const SECRET_WORDS: [&str; 7] = ["url", "pass", "secret", "token", "credential", "dsn", "env"];
 
 /// Longest excerpt, in characters.
 const EXCERPT_MAX_CHARS: usize = 120;
@@ -161,8 +161,12 @@ fn secret_spans(text: &str) -> Vec<Span> {
             let secret = &line[start..];
             spans.push(Span::from(offset + start..offset + line.len()));
             open_quote = match open_quote {
+                Some("]") if secret.trim_end().ends_with(']') => None,
+                Some("]") => Some("]"),
                 Some(quote) if secret.contains(quote) => None,
                 Some(quote) => Some(quote),
+                // A list of secrets, over several lines.
+                None if secret.trim_end() == "[" => Some("]"),
                 None => ["\"\"\"", "'''"]
                     .into_iter()
                     .find(|quote| secret.matches(quote).count() == 1),

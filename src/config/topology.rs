@@ -32,7 +32,7 @@ pub(super) fn topology(
     let section = consumer.section("topology", &keys::TOPOLOGY);
     let mode = section
         .text("mode")
-        .then(|text| one_of(&text, &TopologyMode::ALL, TopologyMode::as_str))
+        .then(|text| keys::one_of(&text, &TopologyMode::ALL, TopologyMode::as_str))
         .or(defaults::TOPOLOGY_MODE);
     let typed_queue = section.text("queue").then(check_declared_name);
     let queue = match name {
@@ -41,7 +41,7 @@ pub(super) fn topology(
     };
     let queue_type = section
         .text("queue_type")
-        .then(|text| one_of(&text, &QueueType::ALL, QueueType::as_str))
+        .then(|text| keys::one_of(&text, &QueueType::ALL, QueueType::as_str))
         .or(defaults::QUEUE_TYPE);
     let delivery_limit = delivery_limit(&section, mode.value, queue_type.value);
     let dead_letters = dead_letters(&section, mode.value, queue_type.value);
@@ -128,7 +128,7 @@ fn dead_letters(
 ) -> Field<DeadLetters> {
     let dead_letters = section
         .text("dead_letters")
-        .then(|text| one_of(&text, &DeadLetters::ALL, DeadLetters::as_str))
+        .then(|text| keys::one_of(&text, &DeadLetters::ALL, DeadLetters::as_str))
         .or(defaults::dead_letters(mode, queue_type));
     if mode == TopologyMode::None && dead_letters.value == DeadLetters::Reject {
         section.reader.report(
@@ -171,19 +171,6 @@ fn enter_retry_queues(
     }
 }
 
-/// The one of `choices` that is called `text`.
-fn one_of<T: Copy>(text: &str, choices: &[T], name: fn(T) -> &'static str) -> Result<T, Complaint> {
-    if let Some(choice) = choices.iter().find(|choice| name(**choice) == text) {
-        return Ok(*choice);
-    }
-    let names: Vec<&str> = choices.iter().map(|choice| name(*choice)).collect();
-    let hint = match keys::nearest(text, &names) {
-        Some(near) => format!("did you mean `{near}`? allowed: {}", names.join(", ")),
-        None => format!("allowed: {}", names.join(", ")),
-    };
-    Err(Complaint::new(format!("cannot be {}", shown(text)), hint))
-}
-
 fn check_name(name: String) -> Result<String, Complaint> {
     let most = defaults::AMQP_NAME_MAX;
     let hint = format!("allowed: 1 to {most} bytes without control characters");
@@ -217,7 +204,7 @@ fn binding(section: &Section<'_>) -> Option<Binding> {
         .required("add exchange = \"…\", the exchange that feeds the queue");
     let exchange_type = section
         .text("exchange_type")
-        .then(|text| one_of(&text, &ExchangeType::ALL, ExchangeType::as_str))
+        .then(|text| keys::one_of(&text, &ExchangeType::ALL, ExchangeType::as_str))
         .required("add exchange_type: direct, fanout, topic or headers");
     if let (Some(exchange), Some(kind)) = (&exchange, &exchange_type) {
         check_built_in(section, exchange, kind.value);

@@ -4,6 +4,8 @@
 use percent_encoding::percent_decode_str;
 use url::Url;
 
+use super::checked::Secret;
+use super::defaults;
 use super::error::Complaint;
 
 /// `amqp://` and `amqps://`.
@@ -114,6 +116,57 @@ pub(super) fn check_postgres(text: &str) -> Result<(), Complaint> {
         ));
     }
     Ok(())
+}
+
+/// `http://` and `https://`, of a fixed receiver.
+pub(super) fn check_http(text: &str) -> Result<(), Complaint> {
+    const EXAMPLE: &str = "write it like https://HOST/PATH";
+    let url = parse(text, &["http", "https"], EXAMPLE)?;
+    require_host(&url, EXAMPLE)?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(Complaint::new(
+            "has a user name or a password in it",
+            "put a line such as Authorization: Basic … into the file of `headers_file`",
+        ));
+    }
+    if url.fragment().is_some() {
+        return Err(Complaint::new(
+            "has a part after `#`",
+            "no receiver sees it: leave it out, or write a # as %23",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether an HTTP URL asks for TLS.
+pub(super) fn is_https(text: &str) -> bool {
+    text.get(..6)
+        .is_some_and(|scheme| scheme.eq_ignore_ascii_case("https:"))
+}
+
+/// Several URLs that are tried in turn.
+pub(super) fn check_list(urls: &[Secret]) -> Result<(), Complaint> {
+    let most = defaults::BROKER_URLS_MAX;
+    if urls.is_empty() {
+        return Err(Complaint::new("is an empty list", "name at least one URL"));
+    }
+    if urls.len() > most {
+        return Err(Complaint::new(
+            format!("names {} servers", urls.len()),
+            format!("allowed: 1 to {most}, which are tried in turn"),
+        ));
+    }
+    let twice = (1..urls.len()).find(|at| urls[..*at].contains(&urls[*at]));
+    match twice {
+        None => Ok(()),
+        Some(at) => Err(Complaint::new(
+            format!(
+                "names one server twice, the second time as number {}",
+                at + 1
+            ),
+            "name each once: they are tried in turn, again and again",
+        )),
+    }
 }
 
 /// Whether an AMQP URL asks for TLS.

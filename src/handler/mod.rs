@@ -6,15 +6,17 @@
 //! [`Keyed`] works on something that cannot share that transaction, and hands
 //! the message's id on as an idempotency key.
 
+pub mod command;
+pub mod http;
 pub mod sql;
-
-use std::fmt;
 
 use crate::config::checked;
 use crate::failure::Failure;
 use crate::message::{Message, MessageId};
 use crate::postgres::{Error, Session};
 use crate::stop::Stop;
+
+pub use crate::config::checked::Effect;
 
 /// One fresh message for a handler.
 #[derive(Debug, Clone, Copy)]
@@ -25,24 +27,6 @@ pub struct Work<'a> {
     pub message: &'a Message,
     /// Which try this is, from 1.
     pub attempt: u32,
-}
-
-/// What a handler's effect can promise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Effect {
-    /// Exactly once within the ledger's retention.
-    Transactional,
-    /// At least once, and exactly once where the receiver honours the key.
-    Keyed,
-}
-
-impl fmt::Display for Effect {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Transactional => "transactional",
-            Self::Keyed => "keyed",
-        })
-    }
 }
 
 /// A worker's own handler, of either kind.
@@ -104,16 +88,30 @@ pub trait Keyed: Send {
     fn apply(&mut self, work: &Work<'_>, cancelled: &Stop) -> Result<(), Failure>;
 }
 
+/// Why there can be no handler, in words for the author of the configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The statements cannot be run.
+    #[error(transparent)]
+    Script(#[from] sql::ScriptError),
+    /// No request can be made.
+    #[error(transparent)]
+    Http(#[from] http::SetupError),
+}
+
 /// Makes a worker's own handler.
 ///
 /// # Errors
 ///
 /// When the configuration cannot be run, in words for its author.
-pub fn build(config: &checked::Handler) -> Result<Handler, sql::ScriptError> {
-    match config {
+pub fn build(consumer: &checked::Consumer) -> Result<Handler, BuildError> {
+    Ok(match &consumer.handler {
         checked::Handler::Sql(config) => {
-            let handler = sql::SqlHandler::new(config)?;
-            Ok(Handler::Transactional(Box::new(handler)))
+            Handler::Transactional(Box::new(sql::SqlHandler::new(config)?))
         }
-    }
+        checked::Handler::Command(config) => Handler::Keyed(command::build(consumer, config)),
+        checked::Handler::Http(config) => {
+            Handler::Keyed(Box::new(http::HttpHandler::new(config, &consumer.name)?))
+        }
+    })
 }

@@ -33,6 +33,8 @@ pub struct JournalEntry<'a> {
     pub failure: &'a Failure,
     /// Tries of the handler so far, this one included; 0 when it never ran.
     pub attempt: u32,
+    /// Which worker ran it, where that is not the one that writes.
+    pub worker: Option<usize>,
     /// How long this one took; `None` when the handler did not run.
     pub duration: Option<Duration>,
     /// Where it was published to.
@@ -57,13 +59,13 @@ pub(super) async fn write(
     sqlx::query(
         "INSERT INTO ackonce.failure (consumer_id, handler, host, worker, attempt, message_id, \
          fingerprint, reason, class, code, error, exchange, routing_key, retry_in, duration) \
-         SELECT $1, $2, $3, $4, e.attempt, e.message_id, e.fingerprint, e.reason, e.class, \
+         SELECT $1, $2, $3, coalesce(e.worker, $4), e.attempt, e.message_id, e.fingerprint, e.reason, e.class, \
          e.code, e.error, e.exchange, e.routing_key, make_interval(secs => e.retry_in), \
          make_interval(secs => e.duration) \
          FROM unnest($5::int4[], $6::text[], $7::bytea[], $8::text[], $9::text[], $10::text[], \
-         $11::text[], $12::text[], $13::text[], $14::float8[], $15::float8[]) \
+         $11::text[], $12::text[], $13::text[], $14::float8[], $15::float8[], $16::int4[]) \
          AS e (attempt, message_id, fingerprint, reason, class, code, error, exchange, \
-         routing_key, retry_in, duration)",
+         routing_key, retry_in, duration, worker)",
     )
     .bind(writer.consumer_id)
     .bind(writer.handler)
@@ -89,6 +91,9 @@ pub(super) async fn write(
     .bind(column(entries, |e| storable(e.routing_key, TEXT_MAX)))
     .bind(column(entries, |e| e.retry_in.map(seconds)))
     .bind(column(entries, |e| e.duration.map(seconds)))
+    .bind(column(entries, |e| {
+        e.worker.map(|n| i32::try_from(n).unwrap_or(i32::MAX))
+    }))
     .execute(connection)
     .await?;
     Ok(())

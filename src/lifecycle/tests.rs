@@ -20,6 +20,8 @@ fn states() -> Vec<State> {
         State::Recorded,
         State::Applied,
         State::InDoubt,
+        State::Leased,
+        State::Called,
         State::Deferring,
         State::Settled(Settlement::Ack),
         State::Settled(Settlement::Reject),
@@ -40,6 +42,9 @@ fn events() -> Vec<Event> {
         Event::LookAgain,
         Event::OwnerGaveUp,
         Event::Inserted,
+        Event::LeaseWon,
+        Event::LeaseHeld,
+        Event::LeaseLost,
         Event::Succeeded,
         Event::Failed(Class::Transient),
         Event::Failed(Class::Permanent),
@@ -123,6 +128,27 @@ fn legal() -> Vec<(State, Event, State)> {
         (InDoubt, Failed(Systemic), InDoubt),
         (InDoubt, BatchFailed, InDoubt),
         (InDoubt, Stopping, REQUEUE),
+        (Recording, LeaseWon, Leased),
+        (Recording, LeaseHeld, Parked),
+        (Leased, Succeeded, Called),
+        (Leased, Failed(Permanent), REJECTED),
+        (Leased, Failed(Transient), Deferring),
+        (Leased, Exhausted, USED_UP),
+        (Leased, Failed(Systemic), Leased),
+        (Leased, LeaseLost, Recording),
+        (Leased, Stopping, REQUEUE),
+        (Called, Committed, ACK),
+        (Called, Found(Body::Same), ACK),
+        (Called, Found(Body::Other), CONFLICT),
+        (Called, CommitUnknown, Called),
+        (Called, Failed(Permanent), Called),
+        (Called, Failed(Transient), Called),
+        (Called, Failed(Systemic), Called),
+        (Called, LeaseLost, Recording),
+        (Called, Stopping, REQUEUE),
+        (REJECTED, LeaseLost, Recording),
+        (USED_UP, LeaseLost, Recording),
+        (Deferring, LeaseLost, Recording),
         (Deferring, Journaled, Settled(Settlement::Retry)),
         (Deferring, JournalFailed, Deferring),
         (Deferring, Stopping, REQUEUE),
@@ -221,6 +247,18 @@ fn a_message_is_deferred_only_after_its_attempt_is_in_the_journal() {
         if next == State::Settled(Settlement::Retry) {
             assert_eq!((state, event), (State::Deferring, Event::Journaled));
             assert_eq!(actions.first(), Some(&Action::Release));
+        }
+    }
+}
+
+#[test]
+fn a_handler_that_succeeded_leads_to_nothing_but_an_ack_or_another_look() {
+    for (state, event, (next, actions)) in steps() {
+        if state == State::Called {
+            let surrenders = actions.contains(&Action::Surrender);
+            assert!(!surrenders, "{event:?}: it would be run again at once");
+            assert!(next != State::Settled(Settlement::Reject), "{event:?}");
+            assert!(next != State::Deferring, "{event:?}");
         }
     }
 }

@@ -153,13 +153,14 @@ fn one_line(text: &str) -> String {
 /// A log that keeps other people's secrets whatever `RUST_LOG` says: amiquip
 /// logs the password at `debug`, and what it warns of is reported here with its
 /// consequences; sqlx passes on the notices of the user's own SQL, which may
-/// quote a message.
+/// quote a message; ureq logs URLs and headers at `debug`.
 struct Capped<L>(L);
 
 fn is_held_back(metadata: &Metadata<'_>) -> bool {
     let target = metadata.target();
     target.starts_with("amiquip") && metadata.level() > Level::Error
         || target.starts_with("sqlx::postgres::notice")
+        || target.starts_with("ureq") && metadata.level() > log::Level::Warn
 }
 
 impl<L: Log> Log for Capped<L> {
@@ -192,6 +193,8 @@ mod tests {
             ("amiquip::io_loop", Level::Error, false),
             ("sqlx::postgres::notice", Level::Error, true),
             ("sqlx::query", Level::Warn, false),
+            ("ureq::run", Level::Debug, true),
+            ("ureq_proto::client", Level::Trace, true),
             ("ackonce::daemon", Level::Trace, false),
         ] {
             let metadata = Metadata::builder().target(target).level(level).build();

@@ -5,11 +5,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::Worker;
 use super::item::Item;
+use super::{Hands, Worker};
 use crate::failpoint::{self, Step};
 use crate::failure::{self, Class, Failure, class_of_sqlstate};
-use crate::handler::{Handler, Work};
+use crate::handler::Work;
 use crate::ledger::{CommitError, Record};
 use crate::lifecycle::Event;
 use crate::message::{Fingerprint, MessageId};
@@ -26,14 +26,14 @@ const STRIKES_MAX: u32 = 2;
 
 /// How long the world may be broken before what is held is given back. A
 /// broker before RabbitMQ 4.3 counts each return towards the delivery limit.
-const GIVE_BACK_AFTER: Duration = Duration::from_secs(1);
+pub(super) const GIVE_BACK_AFTER: Duration = Duration::from_secs(1);
 
 /// Messages that a worker keeps meanwhile, to find out that it is mended.
-const PROBES_MAX: usize = 4;
+pub(super) const PROBES_MAX: usize = 4;
 
 /// Where a try failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
+pub(super) enum Stage {
     /// Before the handler: nothing of the message's content was looked at.
     Ledger,
     /// In the handler, or in the commit of what it did.
@@ -55,8 +55,8 @@ enum Tried {
 }
 
 /// Why a try has to wait.
-struct Trouble {
-    failure: Failure,
+pub(super) struct Trouble {
+    pub(super) failure: Failure,
     stage: Stage,
 }
 
@@ -190,6 +190,7 @@ impl Worker {
             Err(error) => return self.undo(items, error, Stage::Handler),
         }
         failpoint::hit(Step::Applied);
+        self.tell_too_early(items);
         match self.ledger.commit() {
             Ok(()) => {
                 failpoint::hit(Step::Committed);
@@ -204,6 +205,10 @@ impl Worker {
                 self.undo(items, Error::Refused(failure), Stage::Handler)
             }
             Err(CommitError::Unknown(cause)) => {
+                log::warn!(
+                    consumer = self.shared.consumer.name.as_str(), messages = items.len();
+                    "a commit was not answered, what it did is looked up: {cause}"
+                );
                 for item in items.iter_mut() {
                     item.on(Event::CommitUnknown);
                 }
@@ -253,9 +258,9 @@ impl Worker {
             })
             .collect();
         let session = self.ledger.session()?;
-        match &mut self.handler {
-            Handler::Transactional(handler) => handler.apply(session, &work)?,
-            Handler::Keyed(_) => return Err(Error::Lost("not a transaction's".to_owned())),
+        match &mut self.hands {
+            Hands::Own(handler) => handler.apply(session, &work)?,
+            Hands::Crew(_) => return Err(Error::Lost("not a transaction's".to_owned())),
         }
         for item in items {
             item.on(Event::Succeeded);
@@ -295,11 +300,7 @@ impl Worker {
             }
             // It may be the session that is wrong, and no more.
             if !std::mem::replace(&mut self.reconnected, true) {
-                log::info!(
-                    consumer = self.shared.consumer.name.as_str(),
-                    code = failure.code.as_deref().unwrap_or("");
-                    "replaced a database session: {}", self.in_public(&failure)
-                );
+                self.say_replaced(&failure);
                 return Tried::Again;
             }
             return self.wait_for(failure, stage);
@@ -313,7 +314,7 @@ impl Worker {
 
     /// Whether what seems to be the world's fault is that of the one message
     /// in `items`: it met it again and again while others succeeded.
-    fn is_struck_out(&self, items: &mut [Item], stage: Stage) -> bool {
+    pub(super) fn is_struck_out(&self, items: &mut [Item], stage: Stage) -> bool {
         let ([item], Stage::Handler) = (items, stage) else {
             return false;
         };
@@ -350,7 +351,7 @@ impl Worker {
     /// counted, unless there were so many in a row that the world must be
     /// broken. Then `groups` have to wait, and what has no retry queue to wait
     /// in waits with them.
-    fn conclude(&mut self, groups: &mut VecDeque<Vec<Item>>) -> Option<Trouble> {
+    pub(super) fn conclude(&mut self, groups: &mut VecDeque<Vec<Item>>) -> Option<Trouble> {
         let failed = std::mem::take(&mut self.failed);
         let last = failed.last()?.failure.clone()?;
         let retry = &self.shared.consumer.retry;
@@ -393,7 +394,7 @@ impl Worker {
         self.tell();
     }
 
-    fn open_gate(&mut self) {
+    pub(super) fn open_gate(&mut self) {
         self.reconnected = false;
         self.trials = 0;
         if let Some(closed_for) = self.shared.gate.succeeded() {
@@ -416,13 +417,26 @@ impl Worker {
         }
     }
 
+    pub(super) fn say_replaced(&self, failure: &Failure) {
+        log::info!(
+            consumer = self.shared.consumer.name.as_str(),
+            code = failure.code.as_deref().unwrap_or("");
+            "replaced a database session: {}", self.in_public(failure)
+        );
+    }
+
     /// What the log may say: an error about a message may quote it.
     fn in_public<'a>(&self, failure: &'a Failure) -> &'a str {
         // A code that the configuration alone calls systemic may be about one.
         let code = failure.code.as_deref();
-        let of_the_world = code.is_none_or(|code| class_of_sqlstate(code) == Class::Systemic);
+        let of_the_world = |code: &str| match &self.hands {
+            Hands::Own(_) => class_of_sqlstate(code) == Class::Systemic,
+            Hands::Crew(_) => self.shared.consumer.failures.class_of(code).is_none(),
+        };
         match failure.class {
-            Class::Systemic if of_the_world => failure.text.as_str(),
+            Class::Systemic if code.is_none_or(of_the_world) => {
+                failure.text.lines().next().unwrap_or_default()
+            }
             _ => "attempts fail, see the failure journal",
         }
     }
@@ -430,7 +444,12 @@ impl Worker {
     /// Waits before the next try. True when the daemon stops.
     pub(super) fn pause(&self, tries: u32, failure: &Failure) -> bool {
         let delay = self.shared.backoff.delay(tries, random::draw());
-        // A wait that lasts is told again, ever more rarely.
+        self.remind(tries, failure);
+        self.shared.stop.wait(delay)
+    }
+
+    /// A wait that lasts is told again, ever more rarely.
+    pub(super) fn remind(&self, tries: u32, failure: &Failure) {
         if tries.is_power_of_two() {
             log::warn!(
                 consumer = self.shared.consumer.name.as_str(),
@@ -439,11 +458,10 @@ impl Worker {
                 "still waiting: {}", self.in_public(failure)
             );
         }
-        self.shared.stop.wait(delay)
     }
 }
 
-fn split(mut items: Vec<Item>, groups: &mut VecDeque<Vec<Item>>) {
+pub(super) fn split(mut items: Vec<Item>, groups: &mut VecDeque<Vec<Item>>) {
     let rest = items.split_off(items.len() / 2);
     groups.push_front(rest);
     groups.push_front(items);

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use super::leases::Lease;
 use crate::claim::Token;
 use crate::config::checked;
 use crate::failure::{Class, Failure};
 use crate::identity;
+use crate::ledger::Owner;
 use crate::lifecycle::{self, Action, Body, Event, State};
 use crate::message::{DeadReason, Delivery, Epoch, Fingerprint, MessageId, Settlement};
 
@@ -25,6 +27,14 @@ pub struct Item {
     pub(super) failure: Option<Failure>,
     /// Why it is dead-lettered.
     pub(super) reason: Option<DeadReason>,
+    /// Whose its claim in the ledger is, or was to be; of a keyed handler.
+    pub(super) fence: Option<Owner>,
+    /// That claim, where it is known to be made.
+    pub(super) lease: Option<Lease>,
+    /// Which thread of the crew called the handler.
+    pub(super) worker: Option<usize>,
+    /// What had succeeded in the consumer when it was last sent to the crew.
+    pub(super) sent_at: u64,
     /// How long the handler took the last time.
     pub(super) duration: Option<Duration>,
     /// Races its transaction has lost.
@@ -55,6 +65,10 @@ impl Item {
             token: None,
             failure: None,
             reason: None,
+            fence: None,
+            lease: None,
+            worker: None,
+            sent_at: 0,
             duration: None,
             races: 0,
             failed_at: None,
@@ -77,9 +91,19 @@ impl Item {
             Err(illegal) => {
                 log::error!("gave a delivery back: {illegal}");
                 self.state = State::Settled(Settlement::Requeue);
-                &[Action::Release, Action::Settle(Settlement::Requeue)]
+                &[
+                    Action::Release,
+                    Action::Surrender,
+                    Action::Settle(Settlement::Requeue),
+                ]
             }
         }
+    }
+
+    /// Ends the renewal of its claim in the ledger, which is not ours any more.
+    pub(super) fn forget_lease(&mut self) {
+        self.fence = None;
+        self.lease = None;
     }
 
     /// Which attempt this is, from 1.

@@ -1,16 +1,20 @@
 //! The end of the pipeline: what a batch has decided, told to Redis, to the
 //! failure journal and to the broker, in that order.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::Worker;
 use super::item::Item;
 use crate::claim::Token;
-use crate::failpoint::{self, Step};
+use crate::config::checked;
+use crate::failpoint::{self, Mutant, Step};
 use crate::failure::Failure;
-use crate::ledger::JournalEntry;
+use crate::ledger::{CommitError, JournalEntry, Owner};
 use crate::lifecycle::{Action, Event, State};
-use crate::message::{DeadReason, Fingerprint, MessageId, Parcel, Purpose, Settled, Settlement};
+use crate::message::{
+    DeadReason, Fingerprint, MessageId, Parcel, Purpose, Settled, Settlement, Ticket,
+};
 use crate::postgres::Error;
 
 /// What is decided and not yet told.
@@ -18,6 +22,8 @@ use crate::postgres::Error;
 pub(super) struct Verdict {
     done: Vec<(MessageId, Fingerprint)>,
     released: Vec<(Token, MessageId)>,
+    /// Claims in the ledger that nobody needs any more.
+    surrendered: Vec<(MessageId, Owner)>,
     settled: Vec<Settled>,
     /// Ids that nobody works on any more, with what became of the last one.
     left: Vec<(MessageId, Fingerprint, Settlement)>,
@@ -31,6 +37,7 @@ impl Verdict {
     fn is_empty(&self) -> bool {
         self.done.is_empty()
             && self.released.is_empty()
+            && self.surrendered.is_empty()
             && self.settled.is_empty()
             && self.left.is_empty()
             && self.failed.is_empty()
@@ -52,12 +59,19 @@ impl Worker {
                         self.verdict.released.push((token.clone(), id.clone()));
                     }
                 }
+                Action::Surrender => {
+                    if let (Some(owner), Some(id)) = (item.fence, &item.id) {
+                        self.verdict.surrendered.push((id.clone(), owner));
+                    }
+                }
                 // Done by the step that reads the new state, for a whole batch.
                 Action::Claim
                 | Action::Park
                 | Action::Record
                 | Action::Apply
                 | Action::Commit
+                | Action::Call
+                | Action::Complete
                 | Action::Rollback
                 | Action::Journal(_)
                 | Action::JournalAttempt
@@ -78,7 +92,12 @@ impl Worker {
             }
             State::Claiming => self.heirs.push_back(item),
             State::Recording | State::InDoubt => self.again.push(item),
-            State::Received | State::Joined | State::Recorded | State::Applied => {
+            State::Received
+            | State::Joined
+            | State::Recorded
+            | State::Applied
+            | State::Leased
+            | State::Called => {
                 log::error!("gave a delivery back that stood in {:?}", item.state);
                 self.settle(item, Settlement::Requeue);
             }
@@ -144,7 +163,9 @@ impl Worker {
         let retry = &self.shared.consumer.retry;
         let retries = retry.max_attempts.saturating_sub(1) as usize;
         let last = retry.backoff.len().min(retries).saturating_sub(1);
-        (item.delivery.message.attempts as usize).min(last)
+        let planned = (item.delivery.message.attempts as usize).min(last);
+        let asked = item.failure.as_ref().and_then(|f| f.retry_after);
+        asked.map_or(planned, |wait| step_not_before(retry, planned, last, wait))
     }
 
     /// 7 and 8. Tells Redis, the journal and the broker, in that order: what
@@ -166,6 +187,7 @@ impl Worker {
             }
             failpoint::hit(Step::Marked);
             self.unmark(&verdict.unmarked);
+            self.surrender(&verdict.surrendered);
             // Redis knows it by now: whoever comes next is told there.
             for (id, fingerprint, settlement) in verdict.left {
                 self.leave(&id, fingerprint, settlement);
@@ -183,6 +205,28 @@ impl Worker {
         }
     }
 
+    /// What a mutant tells before the commit; without one, nothing.
+    pub(super) fn tell_too_early(&mut self, items: &[Item]) {
+        if failpoint::mutant(Mutant::EarlyAck) {
+            let acks = items.iter().map(|item| Settled {
+                ticket: Ticket {
+                    epoch: item.epoch(),
+                    tag: item.delivery.ticket.tag,
+                },
+                settlement: Settlement::Ack,
+                parcel: None,
+            });
+            self.shared.outbox.send(acks.collect()).ok();
+        }
+        if failpoint::mutant(Mutant::EarlyMark)
+            && let Some(claims) = &mut self.claims
+        {
+            let ids = items.iter().filter_map(|item| item.id.as_ref());
+            let prints = items.iter().map(|item| item.fingerprint);
+            claims.mark_done(&ids.zip(prints).collect::<Vec<_>>());
+        }
+    }
+
     /// A mark that stays can make its message run alone, later, and no more.
     fn unmark(&mut self, ids: &[MessageId]) {
         if ids.is_empty() {
@@ -194,13 +238,28 @@ impl Worker {
         }
     }
 
+    /// A claim that stays holds its message up until its lease ends, and no
+    /// longer.
+    fn surrender(&mut self, claims: &[(MessageId, Owner)]) {
+        if claims.is_empty() {
+            return;
+        }
+        let held: Vec<_> = claims.iter().map(|(id, owner)| (id, *owner)).collect();
+        if let Err(error) = self.ledger.surrender(&held) {
+            log::debug!(consumer = self.shared.consumer.name.as_str(); "claims stay: {error}");
+        }
+    }
+
     /// Writes failed attempts and the reasons of dead letters; then the broker
-    /// may be told.
+    /// may be told. An attempt whose claim in the ledger was not ours any more
+    /// is not written, and does not count.
     fn write_down(&mut self, failed: Vec<Item>) {
         let mut tries = 0;
+        let mut kept = HashSet::new();
         let event = loop {
             match self.write_journal(&failed) {
-                Ok(()) => {
+                Ok(surrendered) => {
+                    kept = surrendered;
                     failpoint::hit(Step::Journaled);
                     break Event::Journaled;
                 }
@@ -220,18 +279,65 @@ impl Worker {
             if let State::Journaling(reason) = item.state {
                 item.reason = Some(reason);
             }
+            if event == Event::Journaled && item.fence.is_some() {
+                item.forget_lease();
+                let id = item.id.as_ref().map_or("", MessageId::as_str);
+                if !kept.contains(id) {
+                    item.failure = None;
+                    item.reason = None;
+                    self.advance(item, Event::LeaseLost);
+                    continue;
+                }
+            }
             self.advance(item, event);
         }
     }
 
-    fn write_journal(&mut self, failed: &[Item]) -> Result<(), Error> {
-        let failures: Vec<Failure> = failed.iter().map(Item::failure).collect();
+    /// With the rows go the claims in the ledger, in the same transaction, and
+    /// there are none for claims that were not ours any more. The ids of those
+    /// that were. When a COMMIT goes unanswered and it was carried out all the
+    /// same, the next try finds no claim: that attempt is made once more.
+    fn write_journal(&mut self, failed: &[Item]) -> Result<HashSet<String>, Error> {
+        let claims: Vec<(&MessageId, Owner)> = failed
+            .iter()
+            .filter_map(|item| Some((item.id.as_ref()?, item.fence?)))
+            .collect();
+        if claims.is_empty() {
+            self.write_entries(failed.iter())?;
+            return Ok(HashSet::new());
+        }
+        self.ledger.begin()?;
+        let written = self.ledger.surrender(&claims).and_then(|kept| {
+            let counts = |item: &&Item| {
+                let id = item.id.as_ref().map_or("", MessageId::as_str);
+                item.fence.is_none() || kept.contains(id)
+            };
+            self.write_entries(failed.iter().filter(counts))?;
+            Ok(kept)
+        });
+        match written {
+            Ok(kept) => match self.ledger.commit() {
+                Ok(()) => Ok(kept),
+                Err(CommitError::Refused(failure)) => Err(Error::Refused(failure)),
+                Err(CommitError::Unknown(cause)) => Err(Error::Lost(cause)),
+            },
+            Err(error) => {
+                self.ledger.rollback();
+                Err(error)
+            }
+        }
+    }
+
+    fn write_entries<'i>(&mut self, failed: impl Iterator<Item = &'i Item>) -> Result<(), Error> {
+        let failed: Vec<(&Item, Failure)> = failed.map(|item| (item, item.failure())).collect();
         let entries: Vec<JournalEntry<'_>> = failed
             .iter()
-            .zip(&failures)
             .map(|(item, failure)| self.journal_entry(item, failure))
             .collect();
-        self.ledger.journal(self.handler.kind(), &entries)?;
+        if entries.is_empty() {
+            return Ok(());
+        }
+        self.ledger.journal(self.hands.kind(), &entries)?;
         for entry in &entries {
             // The text may quote the message, so it stays in the journal.
             let (level, what) = match entry.reason {
@@ -270,6 +376,7 @@ impl Worker {
                 Some(_) => item.attempt(),
                 None => item.delivery.message.attempts,
             },
+            worker: item.worker,
             duration: item.duration,
             exchange: &item.delivery.message.exchange,
             routing_key: &item.delivery.message.routing_key,
@@ -286,5 +393,42 @@ impl Worker {
             self.advance(item, Event::Stopping);
         }
         self.tell();
+    }
+}
+
+/// The first of the steps from `planned` to `last` after which `wait` is over
+/// whatever the jitter; the longest of them where none is long enough.
+fn step_not_before(retry: &checked::Retry, planned: usize, last: usize, wait: Duration) -> usize {
+    let shortest = |step: &usize| {
+        let delay = retry.backoff.get(*step).copied().unwrap_or_default();
+        delay * (100 - u32::from(retry.jitter_percent.min(100))) / 100
+    };
+    (planned..=last)
+        .find(|step| shortest(step) >= wait)
+        .or_else(|| (planned..=last).max_by_key(shortest))
+        .unwrap_or(planned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_retry_waits_at_least_as_long_as_was_asked_for() {
+        let retry = |jitter_percent| checked::Retry {
+            max_attempts: 5,
+            backoff: [1, 10, 60, 30].map(Duration::from_secs).to_vec(),
+            jitter_percent,
+            breaker: 0,
+        };
+        let step = |planned, jitter, wait| {
+            step_not_before(&retry(jitter), planned, 3, Duration::from_secs(wait))
+        };
+        assert_eq!(step(0, 0, 1), 0);
+        assert_eq!(step(0, 10, 1), 1, "jitter could make it shorter");
+        assert_eq!(step(0, 0, 11), 2);
+        assert_eq!(step(1, 0, 1), 1, "never before its turn");
+        assert_eq!(step(0, 0, 3_600), 2, "the longest there is");
+        assert_eq!(step(3, 0, 3_600), 3);
     }
 }

@@ -113,7 +113,8 @@ pub struct Broker {
 }
 
 impl Broker {
-    pub(super) fn connect(url: &str) -> Self {
+    /// Connects.
+    pub fn connect(url: &str) -> Self {
         let connection = Connection::insecure_open(url)
             .unwrap_or_else(|e| panic!("failed to connect to RabbitMQ: {e}; run script/test"));
         Self {
@@ -134,6 +135,21 @@ impl Broker {
         self.publish("", queue, messages);
     }
 
+    /// As [`Self::send`], and again what the broker refuses, as it does while a
+    /// queue has no leader: some may arrive twice.
+    pub fn send_until_taken(&self, queue: &str, messages: impl IntoIterator<Item = Msg>) {
+        let mut left: Vec<Msg> = messages.into_iter().collect();
+        eventually(&format!("queue {queue} takes all messages"), || {
+            let refused = self.publish_once("", queue, left.iter().cloned());
+            let number = |tag: u64| usize::try_from(tag).expect("a small number") - 1;
+            left = refused
+                .into_iter()
+                .map(|tag| left[number(tag)].clone())
+                .collect();
+            left.is_empty()
+        });
+    }
+
     /// Publishes to `exchange`. Returns when the broker has confirmed every
     /// message.
     pub fn publish(
@@ -142,11 +158,22 @@ impl Broker {
         routing_key: &str,
         messages: impl IntoIterator<Item = Msg>,
     ) {
+        let refused = self.publish_once(exchange, routing_key, messages);
+        assert!(refused.is_empty(), "the broker refused {refused:?}");
+    }
+
+    /// The numbers, from 1 on, of the messages that the broker refused.
+    fn publish_once(
+        &self,
+        exchange: &str,
+        routing_key: &str,
+        messages: impl IntoIterator<Item = Msg>,
+    ) -> BTreeSet<u64> {
         let channel = self.channel();
         channel.enable_publisher_confirms().expect("confirms");
         let confirms = channel.listen_for_publisher_confirms().expect("confirms");
         let returns = channel.listen_for_returns().expect("returns");
-        let mut pending = BTreeSet::new();
+        let (mut pending, mut refused) = (BTreeSet::new(), BTreeSet::new());
         for (tag, message) in (1..).zip(messages) {
             let properties = message.properties.with_headers(message.headers);
             let mut publish = Publish::with_properties(&message.body, routing_key, properties);
@@ -154,17 +181,18 @@ impl Broker {
             channel.basic_publish(exchange, publish).expect("a publish");
             pending.insert(tag);
             while pending.len() >= UNCONFIRMED_MAX {
-                confirm_one(&confirms, &mut pending);
+                confirm_one(&confirms, &mut pending, &mut refused);
             }
         }
         while !pending.is_empty() {
-            confirm_one(&confirms, &mut pending);
+            confirm_one(&confirms, &mut pending, &mut refused);
         }
         assert!(
             returns.try_recv().is_err(),
             "no queue takes what is published to exchange {exchange:?} with {routing_key:?}"
         );
         channel.close().expect("the channel closes");
+        refused
     }
 
     /// Messages that wait in `queue`, without those handed to a consumer.
@@ -226,17 +254,26 @@ impl Broker {
     }
 }
 
-fn confirm_one(confirms: &Receiver<Confirm>, pending: &mut BTreeSet<u64>) {
+fn confirm_one(
+    confirms: &Receiver<Confirm>,
+    pending: &mut BTreeSet<u64>,
+    refused: &mut BTreeSet<u64>,
+) {
     let confirm = confirms
         .recv_timeout(super::DEADLINE)
         .expect("the broker confirms");
-    match confirm {
-        Confirm::Ack(payload) if payload.multiple => {
-            *pending = pending.split_off(&(payload.delivery_tag + 1));
-        }
-        Confirm::Ack(payload) => {
-            pending.remove(&payload.delivery_tag);
-        }
-        Confirm::Nack(payload) => panic!("the broker refused a publish: {payload:?}"),
+    let (payload, taken) = match confirm {
+        Confirm::Ack(payload) => (payload, true),
+        Confirm::Nack(payload) => (payload, false),
+    };
+    let rest = pending.split_off(&(payload.delivery_tag + 1));
+    let mut told = std::mem::replace(pending, rest);
+    if !payload.multiple {
+        let alone = told.take(&payload.delivery_tag);
+        pending.append(&mut told);
+        told.extend(alone);
+    }
+    if !taken {
+        refused.append(&mut told);
     }
 }

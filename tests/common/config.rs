@@ -9,7 +9,8 @@ pub struct Config {
 }
 
 impl Config {
-    pub(super) fn new() -> Self {
+    /// An empty one.
+    pub fn new() -> Self {
         Self {
             table: Table::new(),
         }
@@ -34,6 +35,13 @@ impl Config {
             .expect("consumer is an array")
             .push(Value::Table(consumer.table));
         self
+    }
+
+    /// With `consumer` in the place of those there are.
+    #[must_use]
+    pub fn consumer_only(mut self, consumer: Consumer) -> Self {
+        self.table.remove("consumer");
+        self.consumer(consumer)
     }
 
     /// Names of its consumers.
@@ -91,6 +99,13 @@ impl Consumer {
     #[must_use]
     pub fn sql(self, text: &str) -> Self {
         self.set("handler.type", "sql").set("handler.sql", text)
+    }
+
+    /// A handler of type `kind`, in place of the one there is.
+    #[must_use]
+    pub fn handler(mut self, kind: &str) -> Self {
+        self.table.remove("handler");
+        self.set("handler.type", kind)
     }
 
     /// Attempts before a message is dead-lettered.

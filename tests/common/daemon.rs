@@ -22,7 +22,7 @@ pub fn run_ackonce<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Output {
         .expect("the binary under test starts")
 }
 
-fn command() -> Command {
+pub(super) fn command() -> Command {
     let mut command = Command::new(BINARY);
     command
         .env_remove("ACKONCE_FAILPOINT")
@@ -44,6 +44,11 @@ pub struct Gate {
 impl Gate {
     pub(super) fn new(path: PathBuf) -> Self {
         Self { path }
+    }
+
+    /// The file whose being there opens it.
+    pub(super) fn path(&self) -> &std::path::Path {
+        &self.path
     }
 
     /// Waits until a worker stands before it.
@@ -249,8 +254,13 @@ impl Daemon {
     }
 
     /// Stops it, and panics unless it ends with exit status 0.
-    pub fn stop(mut self) {
+    pub fn stop(self) {
         self.signal(Signal::SIGTERM);
+        self.wait_until_stopped();
+    }
+
+    /// Waits until it has stopped, and panics unless its exit status is 0.
+    pub fn wait_until_stopped(mut self) {
         let status = self.wait();
         assert_eq!(status.code(), Some(0), "exit status of a stop: {status}");
     }

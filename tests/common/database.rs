@@ -31,17 +31,21 @@ pub struct Database {
 impl Database {
     /// Connects.
     pub fn connect(url: &str) -> Self {
+        Self::try_connect(url)
+            .unwrap_or_else(|e| panic!("failed to connect to PostgreSQL: {e}; run script/test"))
+    }
+
+    /// Connects to a server that may not be there.
+    pub fn try_connect(url: &str) -> Result<Self, sqlx::Error> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build()
             .expect("a runtime for the harness");
-        let session = runtime
-            .block_on(PgConnection::connect(url))
-            .unwrap_or_else(|e| panic!("failed to connect to PostgreSQL: {e}; run script/test"));
-        Self {
+        let session = runtime.block_on(PgConnection::connect(url))?;
+        Ok(Self {
             runtime,
             session: Mutex::new(session),
-        }
+        })
     }
 
     /// Runs statements without a result.

@@ -71,6 +71,37 @@ impl Management {
         }
     }
 
+    /// Makes a user, or gives it another password, and lets it do everything in
+    /// `vhost`.
+    pub fn create_user(&self, user: &str, password: &str, vhost: &str) {
+        let body = serde_json::json!({ "password": password, "tags": "" });
+        self.put(&format!("/api/users/{}", encode(user)), &body);
+        self.permit(user, vhost, ".*");
+    }
+
+    /// Lets `user` do everything in `vhost` with what `pattern` matches.
+    pub fn permit(&self, user: &str, vhost: &str, pattern: &str) {
+        let path = format!("/api/permissions/{}/{}", encode(vhost), encode(user));
+        let body = serde_json::json!({ "configure": pattern, "write": pattern, "read": pattern });
+        self.put(&path, &body);
+    }
+
+    /// Changes what is at `path`.
+    pub fn put(&self, path: &str, body: &Value) {
+        self.expect("PUT", path, &body.to_string());
+    }
+
+    /// Removes what is at `path`.
+    pub fn delete(&self, path: &str) {
+        self.expect("DELETE", path, "");
+    }
+
+    /// Removes `queue` of `vhost`.
+    pub fn delete_queue(&self, vhost: &str, queue: &str) {
+        let path = format!("/api/queues/{}/{}", encode(vhost), encode(queue));
+        self.expect("DELETE", &path, "");
+    }
+
     /// Names of the connections in `vhost`.
     pub fn connections(&self, vhost: &str) -> Vec<String> {
         let reply = self.get(&format!("/api/vhosts/{}/connections", encode(vhost)));
@@ -90,6 +121,12 @@ impl Management {
     /// What is at `path`, as JSON.
     pub fn get(&self, path: &str) -> Value {
         serde_json::from_slice(&self.expect("GET", path, "")).expect("JSON")
+    }
+
+    /// What is at `path`, as JSON; `None` when the server does not say.
+    pub fn try_get(&self, path: &str) -> Option<Value> {
+        let content = self.request("GET", path, "").ok()?;
+        serde_json::from_slice(&content).ok()
     }
 
     /// What is at `path`, as it is; `None` when the server has no such thing.

@@ -9,27 +9,41 @@
     reason = "each test binary uses its own part, and a broken stage is a failed test"
 )]
 
+mod authority;
 mod broker;
 mod config;
 mod daemon;
 mod database;
+pub mod letters;
 mod library;
 mod management;
+mod private;
+pub mod program;
 mod proxy;
 pub mod raw;
+mod receiver;
 mod redis;
+mod servers;
+mod tool;
 mod wait;
+pub mod wire;
 mod world;
 
+pub use authority::Authority;
 pub use broker::{Broker, Dead, Msg, numbered, numbered_ids};
 pub use config::{Config, Consumer};
 pub use daemon::{Daemon, Gate, run_ackonce};
 pub use database::{Database, Failure};
 pub use management::Management;
+pub use private::PrivateBroker;
 pub use proxy::{Cut, Proxy};
+pub use receiver::{Answer, Receiver, Request};
 pub use redis::Redis;
+pub use servers::{PostgresServer, RedisServer};
+pub use tool::{Ended, Running, Tool};
 pub use wait::{DEADLINE, eventually, try_eventually};
-pub use world::World;
+pub use wire::Wire;
+pub use world::{World, random};
 
 /// The consumer most tests run, and its queue.
 pub const ORDERS: &str = "orders";

@@ -1,8 +1,9 @@
-//! A TCP proxy on loopback that can refuse, cut, and lose a reply to COMMIT.
+//! A TCP proxy on loopback that can refuse, cut, lose a reply to COMMIT, delay,
+//! swallow, talk nonsense, and lead elsewhere.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -31,7 +32,17 @@ struct State {
     down: AtomicBool,
     closing: AtomicBool,
     open: Mutex<Vec<TcpStream>>,
+    target: Mutex<(String, u16)>,
+    /// Milliseconds by which each packet is late.
+    delay: AtomicU64,
+    garbage: AtomicBool,
+    /// Connections up to this one, counted from 1, forward nothing any more.
+    stranded: AtomicUsize,
+    accepted: AtomicUsize,
 }
+
+/// What is answered instead of the server's reply.
+const GARBAGE: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n";
 
 /// A proxy before one server.
 #[derive(Debug)]
@@ -46,15 +57,15 @@ impl Proxy {
     /// names none.
     pub fn before(url: &str, default_port: u16) -> Self {
         let mut url = Url::parse(url).expect("a URL");
-        let host = url.host_str().expect("a host").to_owned();
-        let target = (host, url.port().unwrap_or(default_port));
+        let target = target_of(&url, default_port);
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("an address");
         url.set_host(Some("127.0.0.1")).expect("a host");
         url.set_port(Some(address.port())).expect("a port");
         let state = Arc::new(State::default());
+        *state.target.lock().expect("the target") = target;
         let shared = Arc::clone(&state);
-        std::thread::spawn(move || accept(&listener, &target, &shared));
+        std::thread::spawn(move || accept(&listener, &shared));
         Self {
             address,
             url: url.into(),
@@ -103,6 +114,36 @@ impl Proxy {
     pub fn come_up(&self) {
         self.state.down.store(false, SeqCst);
     }
+
+    /// Leads new connections to the server that `url` names.
+    pub fn lead_to(&self, url: &str, default_port: u16) {
+        let url = Url::parse(url).expect("a URL");
+        *self.state.target.lock().expect("the target") = target_of(&url, default_port);
+    }
+
+    /// Delivers each packet, both ways, so much later than it came.
+    pub fn delay(&self, by: Duration) {
+        let by = u64::try_from(by.as_millis()).expect("a short delay");
+        self.state.delay.store(by, SeqCst);
+    }
+
+    /// Whether to answer in HTTP instead of forwarding the server's replies.
+    pub fn talk_garbage(&self, garbage: bool) {
+        self.state.garbage.store(garbage, SeqCst);
+    }
+
+    /// Has the other side vanish for every connection there is: nothing is
+    /// forwarded any more, not even an end, and none of them is closed. New
+    /// ones are as ever.
+    pub fn strand(&self) {
+        let accepted = self.state.accepted.load(SeqCst);
+        self.state.stranded.store(accepted, SeqCst);
+    }
+}
+
+fn target_of(url: &Url, default_port: u16) -> (String, u16) {
+    let host = url.host_str().expect("a host").to_owned();
+    (host, url.port().unwrap_or(default_port))
 }
 
 impl Drop for Proxy {
@@ -124,6 +165,18 @@ impl State {
         }
     }
 
+    /// Waits as long as a packet of connection `number` is late. Never ends
+    /// before the proxy does for one that is stranded.
+    fn hold(&self, number: usize) {
+        let delay = self.delay.load(SeqCst);
+        if delay > 0 {
+            std::thread::sleep(Duration::from_millis(delay));
+        }
+        while number <= self.stranded.load(SeqCst) && !self.closing.load(SeqCst) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Whether this COMMIT is to be cut.
     fn claims_commit(&self, spared: &AtomicUsize) -> Option<Cut> {
         if self.left.load(SeqCst) == 0 {
@@ -139,7 +192,7 @@ impl State {
     }
 }
 
-fn accept(listener: &TcpListener, target: &(String, u16), state: &Arc<State>) {
+fn accept(listener: &TcpListener, state: &Arc<State>) {
     let spared = Arc::new(AtomicUsize::new(0));
     for client in listener.incoming().map_while(Result::ok) {
         if state.closing.load(SeqCst) {
@@ -150,6 +203,7 @@ fn accept(listener: &TcpListener, target: &(String, u16), state: &Arc<State>) {
             close(&client);
             continue;
         }
+        let target = state.target.lock().expect("the target").clone();
         let Ok(server) = TcpStream::connect((target.0.as_str(), target.1)) else {
             close(&client);
             continue;
@@ -173,11 +227,16 @@ fn forward_both_ways(
     let (reader, writer) = (reader.expect("a handle"), writer.expect("a handle"));
     // Set before a COMMIT is forwarded: from then on replies are swallowed.
     let swallow = Arc::new(AtomicBool::new(false));
+    let number = state.accepted.fetch_add(1, SeqCst) + 1;
     let (state, spared) = (Arc::clone(state), Arc::clone(spared));
     let swallowing = Arc::clone(&swallow);
     let shared = Arc::clone(&state);
-    std::thread::spawn(move || replies(reader, writer, &swallowing, &shared));
-    std::thread::spawn(move || requests(client, server, &swallow, &state, &spared));
+    std::thread::spawn(move || {
+        replies(reader, writer, &swallowing, &shared, number);
+    });
+    std::thread::spawn(move || {
+        requests(client, server, &swallow, &state, &spared, number);
+    });
 }
 
 fn requests(
@@ -186,9 +245,11 @@ fn requests(
     swallow: &AtomicBool,
     state: &State,
     spared: &AtomicUsize,
+    number: usize,
 ) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(count @ 1..) = client.read(&mut buffer) {
+        state.hold(number);
         let bytes = &buffer[..count];
         let cut = has_commit(b'Q', bytes).then(|| state.claims_commit(spared));
         match cut.flatten() {
@@ -203,13 +264,25 @@ fn requests(
             break;
         }
     }
+    state.hold(number);
     close(&client);
     close(&server);
 }
 
-fn replies(mut server: TcpStream, mut client: TcpStream, swallow: &AtomicBool, state: &State) {
+fn replies(
+    mut server: TcpStream,
+    mut client: TcpStream,
+    swallow: &AtomicBool,
+    state: &State,
+    number: usize,
+) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(count @ 1..) = server.read(&mut buffer) {
+        state.hold(number);
+        if state.garbage.load(SeqCst) {
+            drop(client.write_all(GARBAGE));
+            break;
+        }
         if swallow.load(SeqCst) {
             if has_commit(b'C', &buffer[..count]) {
                 state.made.fetch_add(1, SeqCst);
@@ -220,6 +293,7 @@ fn replies(mut server: TcpStream, mut client: TcpStream, swallow: &AtomicBool, s
             break;
         }
     }
+    state.hold(number);
     close(&client);
     close(&server);
 }

@@ -7,7 +7,9 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use tempfile::TempDir;
 use url::Url;
 
-use super::{Broker, Config, Consumer, DEADLINE, Daemon, Database, Gate, Management, Redis};
+use super::{
+    Broker, Config, Consumer, DEADLINE, Daemon, Database, Gate, Management, PrivateBroker, Redis,
+};
 
 /// Everything one test has to itself. Dropping it removes it all.
 pub struct World {
@@ -30,14 +32,33 @@ pub struct World {
 impl World {
     /// Makes one on the servers that the environment names.
     pub fn new() -> Self {
-        let name = format!("ackonce_test_{:016x}", random());
-        let management = Management::new(&server("ACKONCE_MANAGEMENT_URL"));
-        management.create_vhost(&name);
-        let amqp_url = with_path(&server("ACKONCE_AMQP_URL"), &name);
+        Self::with_postgres(&server("ACKONCE_POSTGRES_URL"))
+    }
+
+    /// As [`Self::new`], with its database on another server: for faults that
+    /// are the whole server's.
+    pub fn with_postgres(admin_url: &str) -> Self {
+        Self::with(
+            &server("ACKONCE_AMQP_URL"),
+            &server("ACKONCE_MANAGEMENT_URL"),
+            admin_url,
+        )
+    }
+
+    /// Makes one with a vhost on the first node of a broker of its own.
+    pub fn on(broker: &PrivateBroker) -> Self {
         let admin_url = server("ACKONCE_POSTGRES_URL");
-        let admin = Database::connect(&admin_url);
+        Self::with(&broker.amqp_url(0), &broker.management_url(0), &admin_url)
+    }
+
+    fn with(amqp_url: &str, management_url: &str, admin_url: &str) -> Self {
+        let name = format!("ackonce_test_{:016x}", random());
+        let management = Management::new(management_url);
+        management.create_vhost(&name);
+        let amqp_url = with_path(amqp_url, &name);
+        let admin = Database::connect(admin_url);
         admin.execute(&format!("create database {name} template template0"));
-        let postgres_url = with_path(&admin_url, &name);
+        let postgres_url = with_path(admin_url, &name);
         let db = Database::connect(&postgres_url);
         db.execute("create table effect (message_id text, body jsonb, amount int, note text)");
         let redis_url = server("ACKONCE_REDIS_URL");
@@ -63,6 +84,22 @@ impl World {
     /// URL of the vhost.
     pub fn amqp_url(&self) -> &str {
         &self.amqp_url
+    }
+
+    /// URL of the vhost on another node.
+    pub fn amqp_url_on(&self, broker: &PrivateBroker, node: usize) -> String {
+        with_path(&broker.amqp_url(node), &self.name)
+    }
+
+    /// Sees the vhost through a new connection.
+    pub fn look_again(&mut self) {
+        self.broker = Broker::connect(&self.amqp_url);
+    }
+
+    /// Sees the vhost through another node from here on.
+    pub fn look_through(&mut self, broker: &PrivateBroker, node: usize) {
+        self.management = Management::new(&broker.management_url(node));
+        self.broker = Broker::connect(&self.amqp_url_on(broker, node));
     }
 
     /// URL of Redis.

@@ -11,7 +11,9 @@ use ackonce::config::{self, Config, ConfigError, Problem, defaults, keys, to_tom
 use ackonce::failure::{Class, Overrides};
 use tempfile::TempDir;
 
+mod command;
 mod display;
+mod http;
 mod mistakes;
 mod properties;
 
@@ -77,7 +79,7 @@ fn line_and_column(problem: &Problem) -> (usize, usize) {
 fn the_shipped_configuration_loads_and_holds_every_default() {
     let config = parse(SHIPPED).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(
-        config.broker.url.expose(),
+        config.broker.urls[0].expose(),
         "amqp://guest:guest@127.0.0.1:5672/%2f"
     );
     assert_eq!(config.broker.ca_file, None);
@@ -160,7 +162,9 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
     );
     assert_eq!(topology.dead_letter_exchange, "orders.dlx");
     assert_eq!(topology.dead_letter_queue, "orders.dead");
-    let Handler::Sql(handler) = &consumer.handler;
+    let Handler::Sql(handler) = &consumer.handler else {
+        panic!("a handler of type sql");
+    };
     assert!(handler.text.contains("INSERT INTO orders"));
     assert!(handler.origin.ends_with("sql/examples/orders.sql"));
 }
@@ -169,7 +173,7 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
 fn leaving_everything_out_is_the_same_as_the_shipped_values() {
     let shipped = parse(SHIPPED).unwrap_or_else(|error| panic!("{error}"));
     let mut smallest = parse(SMALLEST).unwrap_or_else(|error| panic!("{error}"));
-    smallest.broker.url = shipped.broker.url.clone();
+    smallest.broker.urls = shipped.broker.urls.clone();
     smallest.redis.as_mut().unwrap().url = shipped.redis.as_ref().unwrap().url.clone();
     smallest.postgres.url = shipped.postgres.url.clone();
     smallest.consumers[0].handler = shipped.consumers[0].handler.clone();
@@ -414,7 +418,7 @@ fn variables_come_from_the_environment_everywhere() {
         _ => None,
     };
     let config = config::parse(&text, shipped_path(), &env).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(config.broker.url.expose(), "amqp://x:7@h");
+    assert_eq!(config.broker.urls[0].expose(), "amqp://x:7@h");
     assert_eq!(config.daemon.shutdown_timeout, Duration::from_secs(7));
     let binding = &config.consumers[0].topology.bindings[0];
     assert_eq!(binding.exchange, "x");
@@ -463,7 +467,81 @@ fn a_url_can_come_from_a_file_beside_the_configuration() {
     assert!(!wrong.contains("hunter2"), "{wrong}");
 
     std::fs::write(&secret, "amqp://u:hunter2@h/v\r\n").unwrap();
-    assert_eq!(load().unwrap().broker.url.expose(), "amqp://u:hunter2@h/v");
+    assert_eq!(
+        load().unwrap().broker.urls[0].expose(),
+        "amqp://u:hunter2@h/v"
+    );
+}
+
+#[test]
+fn a_broker_can_have_several_urls_each_checked_where_it_stands() {
+    let with = |list: &str| {
+        let env = |name: &str| (name == "PASS").then(|| "hunter2".to_owned());
+        let text = SMALLEST.replace("url = \"amqp://h\"", &format!("url = {list}"));
+        config::parse(&text, shipped_path(), &env)
+    };
+    let config = with("[\"amqp://u:${PASS}@one\", \"amqps://two/v\"]").unwrap();
+    let urls: Vec<_> = config.broker.urls.iter().map(|url| url.expose()).collect();
+    assert_eq!(urls, ["amqp://u:hunter2@one", "amqps://two/v"]);
+    assert_eq!(parse(&config::to_toml(&config, true)).unwrap(), config);
+    let shown = config::to_toml(&config, false);
+    assert!(
+        shown.contains("url = [\"<redacted>\", \"<redacted>\"]"),
+        "{shown}"
+    );
+    let many: Vec<_> = (0..17).map(|n| format!("\"amqp://h{n}\"")).collect();
+    for (list, column, message) in [
+        ("[]", 7, "`url` is an empty list"),
+        (
+            &format!("[{}]", many.join(",")),
+            7,
+            "`url` names 17 servers",
+        ),
+        (
+            "[\"amqp://h\", \"amqp://h\"]",
+            7,
+            "names one server twice, the second time as number 2",
+        ),
+        (
+            "[\"amqp://h\", \"http://h\"]",
+            20,
+            "`url` does not begin with amqp://",
+        ),
+        (
+            "[\"amqp://h\", 5]",
+            20,
+            "`url` must be a list of strings, found an integer",
+        ),
+        ("5", 7, "`url` must be a string"),
+    ] {
+        let error = with(list).unwrap_err();
+        let found = &error.problems()[0];
+        assert_eq!(line_and_column(found), (2, column), "{list}: {error}");
+        assert!(found.message.contains(message), "{list}: {error}");
+    }
+}
+
+#[test]
+fn a_file_with_several_urls_has_one_a_line() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("ackonce.toml");
+    let text = SMALLEST.replace("url = \"amqp://h\"", "url_file = \"amqp\"");
+    std::fs::write(&path, text).unwrap();
+    let urls = folder.path().join("amqp");
+    std::fs::write(&urls, "amqp://one\r\n\namqp://two/v\n").unwrap();
+    let config = config::load(&path).unwrap_or_else(|error| panic!("{error}"));
+    let found: Vec<_> = config.broker.urls.iter().map(|url| url.expose()).collect();
+    assert_eq!(found, ["amqp://one", "amqp://two/v"]);
+    std::fs::write(&urls, "amqp://one\nu:hunter2@two\n").unwrap();
+    let error = config::load(&path).unwrap_err().to_string();
+    assert!(
+        error.contains("`url_file` does not begin with amqp://"),
+        "{error}"
+    );
+    assert!(!error.contains("hunter2"), "{error}");
+    std::fs::write(&urls, "\n \n").unwrap();
+    let error = config::load(&path).unwrap_err().to_string();
+    assert!(error.contains("`url_file` is an empty list"), "{error}");
 }
 
 #[test]
@@ -501,7 +579,9 @@ fn a_handler_file_is_read_from_the_configurations_folder() {
     std::fs::remove_dir(&sql).unwrap();
     std::fs::write(&sql, "SELECT '${X}'").unwrap();
     let config = config::load(&path).unwrap();
-    let Handler::Sql(handler) = &config.consumers[0].handler;
+    let Handler::Sql(handler) = &config.consumers[0].handler else {
+        panic!("a handler of type sql");
+    };
     assert_eq!(handler.text, "SELECT '${X}'");
 }
 

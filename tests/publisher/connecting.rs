@@ -11,8 +11,9 @@ use ackonce::broker::error::{ConnectError, LinkError, Stage, TlsProblem};
 use ackonce::broker::publisher::{Fate, Limits, Publisher};
 use ackonce::config::checked::Broker;
 
+use super::authority::Authority;
 use super::rig::{Line, PATIENCE, Queue, amqp_url, broker_at, hasty, listener};
-use super::tls_proxy::{Authority, TlsProxy};
+use super::tls_proxy::TlsProxy;
 
 #[test]
 fn a_closed_port_is_a_refused_connection() {

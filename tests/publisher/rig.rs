@@ -23,7 +23,7 @@ pub fn amqp_url() -> String {
 
 pub fn broker_at(url: &str) -> Broker {
     Broker {
-        url: Secret::new(url.to_owned()),
+        urls: vec![Secret::new(url.to_owned())],
         ca_file: None,
         heartbeat: Duration::from_secs(10),
         connect_timeout: Duration::from_secs(30),

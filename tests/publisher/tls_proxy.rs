@@ -1,123 +1,14 @@
-//! TLS in front of a plain broker, with certificates made on the spot by the
-//! `openssl` program.
+//! TLS in front of a plain broker.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ServerConfig, ServerConnection};
-use tempfile::TempDir;
+use rustls::ServerConnection;
 use url::Url;
 
-/// A certificate authority of one test.
-pub struct Authority {
-    folder: TempDir,
-}
-
-impl Authority {
-    pub fn new(name: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        openssl(
-            folder.path(),
-            &[
-                "req",
-                "-x509",
-                "-nodes",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:prime256v1",
-                "-subj",
-                &format!("/CN=authority {name}"),
-                "-days",
-                "2",
-                "-keyout",
-                "ca.key",
-                "-out",
-                "ca.pem",
-            ],
-        );
-        Self { folder }
-    }
-
-    /// What a client is to trust.
-    pub fn file(&self) -> PathBuf {
-        self.folder.path().join("ca.pem")
-    }
-
-    /// A server configuration for `names`, valid for `days` from now; negative
-    /// days have passed.
-    fn issue(&self, names: &str, days: i32) -> ServerConfig {
-        let folder = tempfile::tempdir().unwrap();
-        let ca = |name: &str| self.folder.path().join(name).display().to_string();
-        std::fs::write(
-            folder.path().join("names"),
-            format!("subjectAltName={names}\n"),
-        )
-        .unwrap();
-        openssl(
-            folder.path(),
-            &[
-                "req",
-                "-new",
-                "-nodes",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:prime256v1",
-                "-subj",
-                "/CN=broker",
-                "-keyout",
-                "key.pem",
-                "-out",
-                "request.pem",
-            ],
-        );
-        openssl(
-            folder.path(),
-            &[
-                "x509",
-                "-req",
-                "-in",
-                "request.pem",
-                "-CA",
-                &ca("ca.pem"),
-                "-CAkey",
-                &ca("ca.key"),
-                "-set_serial",
-                "1",
-                "-days",
-                &days.to_string(),
-                "-extfile",
-                "names",
-                "-out",
-                "cert.pem",
-            ],
-        );
-        let certificate = CertificateDer::from_pem_file(folder.path().join("cert.pem")).unwrap();
-        let key = PrivateKeyDer::from_pem_file(folder.path().join("key.pem")).unwrap();
-        ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)
-            .unwrap()
-    }
-}
-
-fn openssl(folder: &Path, arguments: &[&str]) {
-    let done = Command::new("openssl")
-        .args(arguments)
-        .current_dir(folder)
-        .output()
-        .unwrap();
-    assert!(done.status.success(), "openssl {arguments:?}: {done:?}");
-}
+use super::authority::Authority;
 
 /// Accepts TLS and forwards to a plain broker, until the test process ends.
 pub struct TlsProxy {

@@ -7,19 +7,24 @@ use amiquip::{Channel, ConsumerMessage};
 use crossbeam_channel::{Receiver, TrySendError, never, select};
 
 use super::{CALL_WITHIN, End, Feed, PAUSE_AFTER};
+use crate::broker::cause::{Cause, Happening};
 use crate::broker::connection::Link;
 use crate::broker::convert;
 use crate::broker::courier::{Copy, Courier, Delivered};
 use crate::broker::guard::RepairLog;
+use crate::broker::topology;
 use crate::broker::window::{Order, Window};
-use crate::config::checked::DeadLetters;
-use crate::failpoint::{self, Step};
+use crate::config::checked::{self, DeadLetters};
+use crate::failpoint::{self, Mutant, Step};
 use crate::lifecycle;
 use crate::message::{Delivery, Epoch, Parcel, Settled, Settlement, Ticket};
 
 /// How long an ack out of turn is held back in the hope that the one before
 /// it comes, so that one frame says both.
 const HOLD_ACKS: Duration = Duration::from_millis(5);
+
+/// How long a stop waits for the copies that are on their way.
+const COURIER_WITHIN: Duration = Duration::from_millis(2_500);
 
 /// Deliveries taken in one go before settlements are looked at.
 const BURST: usize = 256;
@@ -53,6 +58,8 @@ pub(super) struct Flow<'a> {
     kept: VecDeque<Delivery>,
     /// When acks that are held back must go.
     acks_due: Option<Instant>,
+    /// Orders that were handed to the connection.
+    settled: u64,
 }
 
 impl<'a> Flow<'a> {
@@ -67,10 +74,25 @@ impl<'a> Flow<'a> {
             epoch: feed.epoch,
             repairs: link.repairs(),
             window: Window::default(),
-            courier: Courier::start(feed.broker, feed.consumer, feed.backoff)?,
+            courier: Courier::start(feed.broker, link.server(), feed.consumer, feed.backoff)?,
             publishes: feed.consumer.topology.dead_letters == DeadLetters::Publish,
             kept: VecDeque::new(),
             acks_due: None,
+            settled: 0,
+        })
+    }
+
+    /// How much the broker was told over this connection: more than nothing
+    /// says that it was of use.
+    pub(super) fn settled(&self) -> u64 {
+        self.settled
+    }
+
+    /// The end of the connection, found out by a call.
+    pub(super) fn lost(&self, action: &str, error: &amiquip::Error) -> End {
+        End::Lost(match self.link.timed_out() {
+            true => Cause::new(Happening::Silent, format!("{action}: no answer in time")),
+            false => Cause::of(error).while_it(action),
         })
     }
 
@@ -121,7 +143,7 @@ impl<'a> Flow<'a> {
                 },
                 recv(self.courier.fates()) -> fate => match fate {
                     Ok(fate) => self.delivered(fate)?,
-                    Err(_) => return Err(End::Lost("the courier is gone".to_owned())),
+                    Err(_) => return Err(no_courier()),
                 },
                 recv(feed.panicked) -> _ => return Err(End::Panicked),
                 recv(feed.gate.changes()) -> _ => {}
@@ -152,48 +174,63 @@ impl<'a> Flow<'a> {
     ) -> Result<(), End> {
         let mut next = first;
         if next.is_none() {
-            return Err(End::Lost("the connection was lost".to_owned()));
+            return Err(gone());
         }
         for _ in 0..BURST {
             let Some(message) = next.take() else { break };
-            let delivery = self.receive(message)?;
-            self.offer(delivery, feed);
+            if let Some(delivery) = self.receive(message, feed)? {
+                self.offer(delivery, feed);
+            }
             if !self.kept.is_empty() {
                 break;
             }
             next = more.try_recv().ok();
         }
         // The last one was taken out of the channel: it must not be dropped.
-        if let Some(message) = next {
-            let delivery = self.receive(message)?;
+        if let Some(message) = next
+            && let Some(delivery) = self.receive(message, feed)?
+        {
             self.offer(delivery, feed);
         }
         Ok(())
     }
 
-    fn receive(&mut self, message: ConsumerMessage) -> Result<Delivery, End> {
-        let lost = |cause: String| Err(End::Lost(cause));
+    /// `None` for what is not for the workers.
+    fn receive(
+        &mut self,
+        message: ConsumerMessage,
+        feed: &Feed<'_>,
+    ) -> Result<Option<Delivery>, End> {
+        let lost = |cause: Cause| Err(End::Lost(cause));
         match message {
             ConsumerMessage::Delivery(mut delivery) => {
                 let tag = delivery.delivery_tag();
+                if topology::is_probe(&delivery) {
+                    tell_of_circle(feed.consumer);
+                    self.window.put(tag, Box::new(delivery));
+                    self.conclude(tag, Settlement::Ack)?;
+                    return Ok(None);
+                }
                 let repairs = self.repairs.take(self.channel.channel_id(), tag);
                 let message = convert::hollow_out(&mut delivery, repairs);
                 self.window.put(tag, Box::new(delivery));
                 let epoch = self.epoch;
-                Ok(Delivery {
+                Ok(Some(Delivery {
                     message,
                     ticket: Ticket { epoch, tag },
-                })
+                }))
             }
             ConsumerMessage::ServerCancelled => {
-                lost("the broker cancelled the consumer: was its queue deleted?".to_owned())
+                let text = "the broker cancelled the consumer";
+                lost(Cause::new(Happening::Cancelled, text))
             }
             ConsumerMessage::ServerClosedChannel(error)
-            | ConsumerMessage::ServerClosedConnection(error) => lost(error.to_string()),
+            | ConsumerMessage::ServerClosedConnection(error) => lost(Cause::of(&error)),
             ConsumerMessage::ClientCancelled
             | ConsumerMessage::ClientClosedChannel
             | ConsumerMessage::ClientClosedConnection => {
-                lost("the consumer was closed on this side".to_owned())
+                let text = "the consumer was closed on this side";
+                lost(Cause::new(Happening::Other, text))
             }
         }
     }
@@ -236,7 +273,8 @@ impl<'a> Flow<'a> {
     }
 
     fn settle(&mut self, settled: Settled) -> Result<(), End> {
-        if !lifecycle::admits(self.epoch, &settled.ticket) {
+        let admitted = lifecycle::admits(self.epoch, &settled.ticket);
+        if !admitted && !failpoint::mutant(Mutant::StaleAck) {
             return Ok(());
         }
         let tag = settled.ticket.tag;
@@ -265,7 +303,7 @@ impl<'a> Flow<'a> {
         };
         match self.courier.send(Copy::new(shell, parcel)) {
             true => Ok(()),
-            false => Err(End::Lost("the courier is gone".to_owned())),
+            false => Err(no_courier()),
         }
     }
 
@@ -311,15 +349,16 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
-    fn send(&self, order: Order<Shell>) -> Result<(), End> {
+    fn send(&mut self, order: Order<Shell>) -> Result<(), End> {
         let _watch = self.link.watch(CALL_WITHIN);
+        self.settled += 1;
         match order {
             Order::AckUpTo(shell) => shell.ack_multiple(self.channel),
             Order::Ack(shell) => shell.ack(self.channel),
             Order::Reject(shell) => shell.reject(self.channel, false),
             Order::Requeue(shell) => shell.nack(self.channel, true),
         }
-        .map_err(|error| End::Lost(format!("failed to settle a delivery: {error}")))
+        .map_err(|error| self.lost("failed to settle a delivery", &error))
     }
 
     /// Gives back what no worker has taken; `deliveries` is cancelled.
@@ -328,7 +367,7 @@ impl<'a> Flow<'a> {
         deliveries: &Receiver<ConsumerMessage>,
         feed: &Feed<'_>,
     ) -> Result<(), End> {
-        self.keep(deliveries)?;
+        self.keep(deliveries, feed)?;
         let kept = std::mem::take(&mut self.kept);
         for delivery in kept.into_iter().chain(feed.unstarted.try_iter()) {
             // Some may have come over a connection that is lost.
@@ -342,22 +381,26 @@ impl<'a> Flow<'a> {
     }
 
     /// Keeps what comes before the end of a cancelled subscription.
-    pub(super) fn keep(&mut self, deliveries: &Receiver<ConsumerMessage>) -> Result<(), End> {
+    pub(super) fn keep(
+        &mut self,
+        deliveries: &Receiver<ConsumerMessage>,
+        feed: &Feed<'_>,
+    ) -> Result<(), End> {
         loop {
             match deliveries.recv_timeout(CALL_WITHIN) {
                 Ok(ConsumerMessage::ClientCancelled) => return Ok(()),
                 Ok(message) => {
-                    let delivery = self.receive(message)?;
-                    self.kept.push_back(delivery);
+                    let delivery = self.receive(message, feed)?;
+                    self.kept.extend(delivery);
                 }
-                Err(_) => return Err(End::Lost("the connection was lost".to_owned())),
+                Err(_) => return Err(gone()),
             }
         }
     }
 
     /// The stop: gives back what nobody has begun, and waits for the rest.
     pub(super) fn drain(
-        mut self,
+        &mut self,
         deliveries: &Receiver<ConsumerMessage>,
         feed: &mut Feed<'_>,
     ) -> End {
@@ -389,7 +432,7 @@ impl<'a> Flow<'a> {
                 },
                 recv(self.courier.fates()) -> fate => match fate {
                     Ok(fate) => self.delivered(fate)?,
-                    Err(_) => return Err(End::Lost("the courier is gone".to_owned())),
+                    Err(_) => return Err(no_courier()),
                 },
                 default(left) => return Ok(()),
             }
@@ -399,9 +442,32 @@ impl<'a> Flow<'a> {
 
     fn drain_courier(&mut self, deadline: Instant) -> Result<(), End> {
         self.courier.finish();
+        // It may hang on a connection that is being made. What it does not
+        // tell in time comes again.
+        let deadline = deadline.min(Instant::now() + COURIER_WITHIN);
         while let Ok(fate) = self.courier.fates().recv_deadline(deadline) {
             self.delivered(fate)?;
         }
         Ok(())
     }
+}
+
+/// Nothing comes any more; why, only the close of the connection can tell.
+fn gone() -> End {
+    End::Lost(Cause::new(Happening::Cut, "the connection was lost"))
+}
+
+fn no_courier() -> End {
+    End::Lost(Cause::new(Happening::Other, "the courier is gone"))
+}
+
+/// A probe that comes out of the work queue shows where dead letters go.
+fn tell_of_circle(consumer: &checked::Consumer) {
+    let topology = &consumer.topology;
+    log::error!(
+        consumer = consumer.name.as_str(), queue = topology.queue.as_str(),
+        exchange = topology.dead_letter_exchange.as_str();
+        "dead letters come straight back to the queue they left, again and again: unbind the queue \
+         from its dead-letter exchange, or name another one in dead_letter_exchange"
+    );
 }

@@ -131,6 +131,19 @@ pub(super) fn all(consumer: &Consumer) -> Vec<Part<'_>> {
     parts
 }
 
+/// A quorum queue that keeps what comes back any number of times. Not to be
+/// made before RabbitMQ 4.0, where -1 is a limit that drops what comes back
+/// once.
+pub(super) fn unlimited(queue: &str) -> Part<'static> {
+    Part::Queue {
+        name: queue.to_owned(),
+        arguments: FieldTable::from([
+            ("x-queue-type".to_owned(), text("quorum")),
+            ("x-delivery-limit".to_owned(), AmqpValue::LongLongInt(-1)),
+        ]),
+    }
+}
+
 /// What a daemon that makes nothing and compares nothing cannot do without.
 pub(super) fn used(consumer: &Consumer) -> Vec<Part<'_>> {
     let mut parts = vec![

@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::TopologyError;
 use super::watched;
-use crate::broker::connection::{self, Link};
+use crate::broker::connection::{Dial, Link};
 use crate::broker::error::ConnectError;
 use crate::config::checked::{Broker, Consumer, DeadLetters, QueueType, Topology, TopologyMode};
 
@@ -33,6 +33,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// The highest that a quorum queue tells from the others.
 const PRIORITY: u8 = 9;
 
+/// Whether a delivery is a probe, of whatever consumer. Where the dead-letter
+/// exchange leads to a queue that is consumed from, a probe gets there too.
+pub(in crate::broker) fn is_one(delivery: &amiquip::Delivery) -> bool {
+    let headers = delivery.properties.headers().as_ref();
+    delivery.body == BODY && headers.is_some_and(|headers| headers.contains_key(HEADER))
+}
+
 /// What became of a probe.
 enum Answer {
     /// A queue took it.
@@ -44,7 +51,7 @@ enum Answer {
 }
 
 /// Sends a probe and waits for what becomes of it, at most `within` after the
-/// connection is there.
+/// connection is there. `first` is the URL that the consumer is connected to.
 ///
 /// On a connection of its own, because an alarm on the broker blocks those that
 /// publish, and the consumer's must go on: what it consumes is what ends the
@@ -52,6 +59,7 @@ enum Answer {
 /// keeps a dead letter that has nowhere to go.
 pub(super) fn dead_letters(
     broker: &Broker,
+    first: usize,
     consumer: &Consumer,
     within: Duration,
 ) -> Result<(), TopologyError> {
@@ -63,7 +71,12 @@ pub(super) fn dead_letters(
         action: action.clone(),
         text,
     };
-    let mut link = connection::open(broker, &purpose)
+    let dial = Dial {
+        first,
+        ..Dial::new(broker, &purpose)
+    };
+    let mut link = dial
+        .open()
         .map_err(|error: ConnectError| lost(error.to_string()))?;
     let channel = link
         .open_channel(within)
