@@ -35,6 +35,7 @@ use crate::handler::Transactional;
 use crate::ledger::Ledger;
 use crate::lifecycle::{Body, Event};
 use crate::message::{Delivery, MessageId, Settled};
+use crate::observe::Signs;
 use crate::random;
 use crate::stop::Stop;
 
@@ -77,6 +78,8 @@ pub struct Shared {
     pub backoff: Backoff,
     /// How long a stop waits for what is in work.
     pub shutdown_timeout: Duration,
+    /// What is counted and shown.
+    pub signs: Signs,
 }
 
 /// Who runs the handler.
@@ -235,6 +238,7 @@ impl Worker {
             self.fill(&mut batch);
         }
         if !batch.is_empty() {
+            self.shared.signs.meter.took(batch.len());
             failpoint::hit(Step::Received);
         }
         Some(batch)

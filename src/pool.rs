@@ -18,6 +18,7 @@ use crate::gate::Gate;
 use crate::handler::{self, Handler};
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
+use crate::observe::Signs;
 use crate::pipeline::{Foreman, Hands, Shared, Turn, Worker};
 use crate::random;
 use crate::stop::{self, Stopper};
@@ -49,6 +50,7 @@ impl Pool {
         config: &checked::Config,
         consumer: &Arc<checked::Consumer>,
         host: &str,
+        signs: &Signs,
     ) -> anyhow::Result<Self> {
         let (stopper, stop) = stop::pair();
         let prefetch = usize::from(consumer.prefetch);
@@ -69,8 +71,9 @@ impl Pool {
             consumer: Arc::clone(consumer),
             backoff: Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max),
             shutdown_timeout: config.daemon.shutdown_timeout,
+            signs: signs.clone(),
         };
-        let claims = claims(config, consumer)?;
+        let claims = claims(config, consumer, signs)?;
         let renewal = renewal(config, consumer, &claims)?;
         let mut claims = claims.into_iter();
         let owner = random::draw();
@@ -124,11 +127,21 @@ impl Pool {
     }
 }
 
-fn claims(config: &checked::Config, consumer: &checked::Consumer) -> anyhow::Result<Vec<Claims>> {
+fn claims(
+    config: &checked::Config,
+    consumer: &checked::Consumer,
+    signs: &Signs,
+) -> anyhow::Result<Vec<Claims>> {
     let Some(redis) = &config.redis else {
         return Ok(Vec::new());
     };
-    Claims::for_workers(consumer.workers, redis, &consumer.claim, &consumer.name)
+    Claims::for_workers(
+        consumer.workers,
+        redis,
+        &consumer.claim,
+        &consumer.name,
+        &signs.meter,
+    )
 }
 
 fn renewal(

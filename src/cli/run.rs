@@ -6,6 +6,7 @@ use crossbeam_channel::{Receiver, bounded, select};
 use super::{ConfigArgument, Exit};
 use crate::daemon::{self, Fatal};
 use crate::handler::command;
+use crate::observe::logging;
 use crate::stop::{self, Stopper};
 
 /// Arguments of `ackonce run`.
@@ -23,6 +24,7 @@ pub struct Arguments {
 /// The exit status.
 pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
     let config = arguments.config.load()?;
+    logging::set_format(config.log_format);
     let (signal, signals) = bounded(2);
     ctrlc::set_handler(move || {
         signal.try_send(()).ok();

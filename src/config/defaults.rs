@@ -4,8 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use super::checked::{DeadLetters, Identity, LogFormat, QueueType, TopologyMode};
-use super::checked::{CommandMode, DeadLetters, Identity, QueueType, TopologyMode};
+use super::checked::{CommandMode, DeadLetters, Identity, LogFormat, QueueType, TopologyMode};
 
 /// What a number or a duration is when nothing is said, and the least and most
 /// it may be.

@@ -58,6 +58,12 @@ pub fn logs_to_journal() -> bool {
     std::env::var("JOURNAL_STREAM").is_ok_and(|stream| files::stderr_is(&stream))
 }
 
+/// Whether systemd waits to be told how this process is.
+#[must_use]
+pub fn is_notify_service() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
 /// Reads the configuration `text` as if it stood in `origin`; relative paths
 /// in it start at the folder of `origin`, and `env` knows the variables. Reads
 /// the files that the configuration names, and nothing else.

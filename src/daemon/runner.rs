@@ -13,12 +13,17 @@ use crate::broker::session::{OpenError, Session};
 use crate::broker::topology::TopologyError;
 use crate::config::checked;
 use crate::message::{Epoch, Settled};
+use crate::observe::Signs;
+use crate::observe::metrics::Server;
 use crate::pool::Pool;
 use crate::random;
 use crate::stop::Stop;
 
 /// Workers that ran for so long before one panicked: the next wait starts small.
 const STABLE: Duration = Duration::from_secs(30);
+
+/// Longest wait without a sign of life.
+const BEAT: Duration = Duration::from_secs(1);
 
 /// What the end of one connection means.
 enum Next {
@@ -38,6 +43,7 @@ pub(super) struct Runner {
     pub(super) consumer: Arc<checked::Consumer>,
     pub(super) host: String,
     pub(super) stop: Stop,
+    pub(super) signs: Signs,
 }
 
 /// What is known from one connection to the next.
@@ -59,7 +65,7 @@ impl Runner {
         let mut restarts = 0;
         loop {
             let since = Instant::now();
-            let mut pool = Pool::start(&self.config, &self.consumer, &self.host)?;
+            let mut pool = Pool::start(&self.config, &self.consumer, &self.host, &self.signs)?;
             let next = self.serve(&mut pool, &mut memory);
             pool.stop(match next {
                 // The stop has waited for the workers, or there is one to
@@ -127,9 +133,14 @@ impl Runner {
             panicked: &pool.panicked,
             gate: &pool.gate,
             stop: &self.stop,
+            signs: &self.signs,
             shutdown_timeout: self.config.daemon.shutdown_timeout,
         };
+        self.signs.meter.is_up(Server::Broker, true);
         let (end, settled) = session.consume(feed);
+        self.signs.meter.consuming(false);
+        self.signs.meter.in_flight(0);
+        self.signs.pulse.flow(0, true);
         memory.streak.stood(since.elapsed(), settled);
         Ok(match end {
             End::Stopped { unfinished: 0 } => Next::Stopped,
@@ -140,7 +151,11 @@ impl Runner {
                 );
                 Next::Stopped
             }
-            End::Panicked => Next::Restart,
+            End::Panicked => {
+                self.signs.meter.panicked();
+                self.signs.pulse.connecting("a worker panicked");
+                Next::Restart
+            }
             End::Lost(cause) => {
                 let why = cause.to_string();
                 let alike = memory.streak.failed(server, &why);
@@ -174,6 +189,9 @@ impl Runner {
     /// One line for each kind of trouble, and then ever more rarely.
     fn tell_lost(&self, why: &str, alike: Option<u32>, memory: &Memory) {
         let why = why.replace("\n  hint: ", "; hint: ");
+        self.signs.meter.is_up(Server::Broker, false);
+        self.signs.meter.reconnected(Server::Broker);
+        self.signs.pulse.connecting(&why);
         let name = self.consumer.name.as_str();
         let epoch = memory.epoch.0;
         match alike {
@@ -232,6 +250,7 @@ impl Runner {
                     Err(_) => return Err(Next::Restart),
                 },
                 recv(self.stop.as_receiver()) -> _ => return Err(Next::Unconnected),
+                default(BEAT) => self.signs.pulse.beat(BEAT),
             }
         }
     }
@@ -254,7 +273,7 @@ impl Runner {
                     Err(_) => return Some(Next::Restart),
                 },
                 recv(self.stop.as_receiver()) -> _ => return Some(Next::Unconnected),
-                default(left) => {}
+                default(left.min(BEAT)) => self.signs.pulse.beat(BEAT),
             }
         }
     }

@@ -18,6 +18,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use super::Signs;
 use super::health::{Health, Report};
 use super::metrics::{self, Metrics};
 
@@ -33,12 +34,24 @@ const HEAD_WITHIN: Duration = Duration::from_secs(5);
 /// Largest head of a request, in bytes.
 const HEAD_MAX: usize = 16 << 10;
 
-/// What there is to show.
+/// What there is to show. A clone shows the same.
+#[derive(Clone)]
 pub struct Shown {
     /// For `/metrics`.
     pub metrics: Arc<Metrics>,
     /// For the others.
     pub health: Arc<Health>,
+}
+
+impl Shown {
+    /// Where the threads of one more consumer write what they do.
+    #[must_use]
+    pub fn signs(&self, consumer: &str) -> Signs {
+        Signs {
+            meter: self.metrics.meter(consumer),
+            pulse: self.health.pulse(consumer),
+        }
+    }
 }
 
 /// Serves `shown` at `address` on a thread of its own, for as long as the

@@ -352,7 +352,23 @@ impl Outcome {
     }
 }
 
+/// A delivery that is settled, as far as it is counted.
+#[derive(Debug, Clone, Copy)]
+pub struct Settling {
+    /// What the broker is told.
+    pub settlement: Settlement,
+    /// Tells two kinds of ack apart.
+    pub is_duplicate: bool,
+    /// Of a dead letter.
+    pub reason: Option<DeadReason>,
+    /// Since it was delivered.
+    pub took: Duration,
+    /// By the message itself.
+    pub published_at: Option<SystemTime>,
+}
+
 /// What one consumer counts on, shared by its threads. Nothing here waits.
+#[derive(Debug)]
 pub struct Meter {
     received: IntCounter,
     redelivered: IntCounter,
@@ -408,36 +424,28 @@ impl Meter {
         self.conflicts.inc();
     }
 
-    /// The claim of work at hand has run out.
-    pub fn lost_claim(&self) {
-        self.claims_lost.inc();
+    /// Claims of work at hand have run out.
+    pub fn lost_claims(&self, claims: u64) {
+        self.claims_lost.inc_by(claims);
     }
 
-    /// A delivery is settled, so long after it came. `is_duplicate` tells two
-    /// kinds of ack apart, `reason` belongs to a dead letter, and
-    /// `published_at` to what has one.
-    pub fn settled(
-        &self,
-        settlement: Settlement,
-        is_duplicate: bool,
-        reason: Option<DeadReason>,
-        took: Duration,
-        published_at: Option<SystemTime>,
-    ) {
+    /// A delivery is settled.
+    pub fn settled(&self, settling: &Settling) {
+        let settlement = settling.settlement;
         let outcome = match settlement {
-            Settlement::Ack if is_duplicate => Outcome::Duplicate,
+            Settlement::Ack if settling.is_duplicate => Outcome::Duplicate,
             Settlement::Ack => Outcome::Applied,
             Settlement::Retry => Outcome::Retried,
             Settlement::Reject => Outcome::DeadLettered,
             Settlement::Requeue => Outcome::Returned,
         };
         self.outcomes[outcome as usize].inc();
-        if let Some(reason) = reason.filter(|_| settlement == Settlement::Reject) {
+        if let Some(reason) = settling.reason.filter(|_| settlement == Settlement::Reject) {
             self.dead_letters[reason as usize].inc();
         }
-        self.settling.observe(took.as_secs_f64());
+        self.settling.observe(settling.took.as_secs_f64());
         // A clock that is behind the publisher's makes no age.
-        if let Some(age) = published_at.and_then(|at| at.elapsed().ok())
+        if let Some(age) = settling.published_at.and_then(|at| at.elapsed().ok())
             && settlement == Settlement::Ack
         {
             self.age.observe(age.as_secs_f64());

@@ -109,7 +109,7 @@ impl Foreman {
         let kind = handlers.first().map_or("", |handler| handler.kind());
         let [own, keeping] = ledgers.map(Ledger::by_index);
         let (stop, allowed) = (shared.stop.clone(), shared.shutdown_timeout);
-        let leases = Leases::start(&shared.consumer, stop, allowed, keeping)?;
+        let leases = Leases::start(&shared.consumer, stop, allowed, keeping, &shared.signs)?;
         // Every delivery of the current connection and of the one before it.
         let most = 2 * usize::from(shared.consumer.prefetch);
         let crew = Crew::start(&shared.consumer, handlers, most, panicked, &shared.outbox)?;
@@ -214,6 +214,7 @@ impl Foreman {
         }
         self.fill(&mut batch, room);
         if !batch.is_empty() {
+            self.worker.shared.signs.meter.took(batch.len());
             failpoint::hit(Step::Received);
         }
         batch
@@ -307,7 +308,9 @@ impl Foreman {
         match answer.outcome {
             Outcome::NotCalled => self.lost(item),
             Outcome::Returned(result) => {
-                self.pace.saw(item.duration.unwrap_or_default());
+                let took = item.duration.unwrap_or_default();
+                self.worker.shared.signs.meter.handled(took);
+                self.pace.saw(took);
                 match result {
                     Ok(()) => {
                         item.on(Event::Succeeded);

@@ -14,6 +14,8 @@ use anyhow::Context;
 use crate::config::checked;
 use crate::ledger::{Ledger, Owner};
 use crate::message::MessageId;
+use crate::observe::Signs;
+use crate::observe::metrics::Meter;
 use crate::stop::{self, Stop, Stopper};
 
 /// How much of a lease may pass without a renewal before it counts as lost, in
@@ -39,6 +41,7 @@ struct Shelf {
     shutdown_timeout: Duration,
     held: Mutex<HashMap<MessageId, Entry>>,
     lost: AtomicU64,
+    meter: Arc<Meter>,
 }
 
 struct Entry {
@@ -108,6 +111,7 @@ impl Leases {
         stop: Stop,
         shutdown_timeout: Duration,
         mut ledger: Ledger,
+        signs: &Signs,
     ) -> anyhow::Result<Self> {
         let shelf = Arc::new(Shelf {
             consumer: consumer.name.clone(),
@@ -117,6 +121,7 @@ impl Leases {
             shutdown_timeout,
             held: Mutex::default(),
             lost: AtomicU64::new(0),
+            meter: Arc::clone(&signs.meter),
         });
         let tick = (shelf.lease / 20).clamp(TICK.0, TICK.1);
         let watched = Arc::downgrade(&shelf);
@@ -189,6 +194,7 @@ impl Shelf {
         if count == 0 {
             return;
         }
+        self.meter.lost_claims(count);
         let total = self.lost.fetch_add(count, Ordering::Relaxed) + count;
         log::warn!(
             consumer = self.consumer.as_str(), claims = count, total = total;
