@@ -23,6 +23,7 @@ use redis::{Pipeline, Value};
 
 use crate::config::checked;
 use crate::message::{Fingerprint, MessageId, hex};
+use crate::observe::metrics::Meter;
 use link::{Link, NO_ANSWER};
 
 pub use renewal::Renewer;
@@ -122,8 +123,9 @@ impl Claims {
         redis: &checked::Redis,
         claim: &checked::Claim,
         consumer: &str,
+        meter: &Arc<Meter>,
     ) -> anyhow::Result<Vec<Self>> {
-        let switches = Arc::new(Switches::new(consumer));
+        let switches = Arc::new(Switches::new(consumer).shown_on(meter));
         (0..workers)
             .map(|_| Self::new(redis, claim, consumer, &switches))
             .collect()

@@ -15,9 +15,13 @@ use anyhow::{Context, anyhow};
 use crossbeam_channel::{bounded, select};
 
 use crate::backoff::Backoff;
-use crate::config::checked;
+use crate::config::{checked, defaults};
 use crate::handler::{self, rust::Makers};
 use crate::ledger::{self, Schema};
+use crate::observe::admin::{self, Shown};
+use crate::observe::health::Health;
+use crate::observe::metrics::Metrics;
+use crate::observe::systemd;
 use crate::postgres::{self, Session};
 use crate::prune;
 use crate::random;
@@ -46,6 +50,7 @@ pub enum Fatal {
 /// [`Fatal`], after the other consumers have been stopped too.
 pub fn run(config: &checked::Config, makers: &Makers, stop: &Stop) -> Result<(), Fatal> {
     let host = host();
+    let shown = observe(config)?;
     for consumer in &config.consumers {
         let handler = handler::build(consumer, makers).map_err(|e| Fatal::Config(e.to_string()))?;
         log::info!(
@@ -68,6 +73,7 @@ pub fn run(config: &checked::Config, makers: &Makers, stop: &Stop) -> Result<(),
             makers: makers.clone(),
             host: host.clone(),
             stop: all_stopping.clone(),
+            signs: shown.signs(&consumer.name),
         };
         let ended = ended.clone();
         let thread = std::thread::Builder::new()
@@ -81,16 +87,40 @@ pub fn run(config: &checked::Config, makers: &Makers, stop: &Stop) -> Result<(),
         threads.push(thread);
     }
     drop(ended);
+    systemd::start(&shown.health, &all_stopping);
     let first = select! {
         recv(ends) -> end => end.ok(),
         recv(stop.as_receiver()) -> _ => None,
     };
     log::info!("stopping");
+    systemd::stopping(config.daemon.shutdown_timeout);
     drop(stop_all);
     let result = first.into_iter().chain(&ends).fold(Ok(()), Result::and);
     threads.into_iter().for_each(join);
     log::info!("stopped");
     result
+}
+
+/// Metrics and health, shown at the admin address if there is one.
+fn observe(config: &checked::Config) -> Result<Shown, Fatal> {
+    let stall_after = config
+        .admin
+        .map_or(defaults::STALL_AFTER.default, |a| a.stall_after);
+    let shown = Shown {
+        metrics: Arc::new(Metrics::new().context("failed to make the metrics")?),
+        health: Arc::new(Health::new(stall_after)),
+    };
+    if let Some(admin) = config.admin {
+        let address = admin::start(admin.listen, shown.clone()).map_err(|error| {
+            Fatal::Config(format!(
+                "failed to listen on the admin address {}: {error}\n  hint: give each daemon of a \
+                 host its own `listen` in [admin], or enabled = false",
+                admin.listen
+            ))
+        })?;
+        log::info!(address:% = address; "serving metrics and health");
+    }
+    Ok(shown)
 }
 
 fn join(thread: JoinHandle<()>) {

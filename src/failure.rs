@@ -18,6 +18,9 @@ pub enum Class {
 }
 
 impl Class {
+    /// All there are, in the order of their declaration.
+    pub const ALL: [Self; 3] = [Self::Transient, Self::Permanent, Self::Systemic];
+
     /// The name in journal, logs and metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {

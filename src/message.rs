@@ -171,6 +171,17 @@ pub enum DeadReason {
 }
 
 impl DeadReason {
+    /// All there are, in the order of their declaration.
+    pub const ALL: [Self; 7] = [
+        Self::Rejected,
+        Self::MaxAttempts,
+        Self::CrashLoop,
+        Self::MissingId,
+        Self::IdConflict,
+        Self::TooLarge,
+        Self::BadHeader,
+    ];
+
     /// The name in journal, logs and metrics.
     #[must_use]
     pub fn as_str(self) -> &'static str {

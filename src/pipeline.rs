@@ -36,6 +36,7 @@ use crate::handler::rust::Makers;
 use crate::ledger::Ledger;
 use crate::lifecycle::{Body, Event};
 use crate::message::{Delivery, MessageId, Settled};
+use crate::observe::Signs;
 use crate::random;
 use crate::stop::Stop;
 
@@ -80,6 +81,8 @@ pub struct Shared {
     pub backoff: Backoff,
     /// How long a stop waits for what is in work.
     pub shutdown_timeout: Duration,
+    /// What is counted and shown.
+    pub signs: Signs,
 }
 
 /// Who runs the handler.
@@ -142,6 +145,8 @@ pub struct Worker {
     hands: Hands,
     /// Ids claimed elsewhere, each with the time to look again.
     parked: Vec<(Instant, Item)>,
+    /// How many of them are shown.
+    parked_shown: usize,
     /// Deliveries whose owner gave up: theirs is the next turn.
     heirs: VecDeque<Item>,
     /// Deliveries for the next transaction of the current batch.
@@ -161,6 +166,13 @@ pub struct Worker {
     verdict: Verdict,
 }
 
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // Also after a panic.
+        self.shared.signs.meter.parked_changed(self.parked_shown, 0);
+    }
+}
+
 impl Worker {
     /// A worker that has not begun.
     #[must_use]
@@ -171,6 +183,7 @@ impl Worker {
             claims,
             hands,
             parked: Vec::new(),
+            parked_shown: 0,
             heirs: VecDeque::new(),
             again: Vec::new(),
             failed: Vec::new(),
@@ -215,6 +228,12 @@ impl Worker {
         self.hand_back();
     }
 
+    fn show_parked(&mut self) {
+        let meter = &self.shared.signs.meter;
+        meter.parked_changed(self.parked_shown, self.parked.len());
+        self.parked_shown = self.parked.len();
+    }
+
     /// 1. Takes what is waiting, up to a full batch, and never waits to fill
     ///    it: only while others are at work is a small batch left to grow, for
     ///    a moment. Empty when only parked deliveries are due.
@@ -238,6 +257,7 @@ impl Worker {
             self.fill(&mut batch);
         }
         if !batch.is_empty() {
+            self.shared.signs.meter.took(batch.len());
             failpoint::hit(Step::Received);
         }
         Some(batch)

@@ -19,6 +19,7 @@ use crate::handler::rust::Makers;
 use crate::handler::{self, Handler};
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
+use crate::observe::Signs;
 use crate::pipeline::{Foreman, Hands, Shared, Turn, Worker};
 use crate::random;
 use crate::stop::{self, Stopper};
@@ -51,6 +52,7 @@ impl Pool {
         consumer: &Arc<checked::Consumer>,
         makers: &Makers,
         host: &str,
+        signs: &Signs,
     ) -> anyhow::Result<Self> {
         let (stopper, stop) = stop::pair();
         let prefetch = usize::from(consumer.prefetch);
@@ -72,8 +74,9 @@ impl Pool {
             makers: makers.clone(),
             backoff: Backoff::new(config.daemon.reconnect_min, config.daemon.reconnect_max),
             shutdown_timeout: config.daemon.shutdown_timeout,
+            signs: signs.clone(),
         };
-        let claims = claims(config, consumer)?;
+        let claims = claims(config, consumer, signs)?;
         let renewal = renewal(config, consumer, &claims)?;
         let mut claims = claims.into_iter();
         let owner = random::draw();
@@ -127,11 +130,21 @@ impl Pool {
     }
 }
 
-fn claims(config: &checked::Config, consumer: &checked::Consumer) -> anyhow::Result<Vec<Claims>> {
+fn claims(
+    config: &checked::Config,
+    consumer: &checked::Consumer,
+    signs: &Signs,
+) -> anyhow::Result<Vec<Claims>> {
     let Some(redis) = &config.redis else {
         return Ok(Vec::new());
     };
-    Claims::for_workers(consumer.workers, redis, &consumer.claim, &consumer.name)
+    Claims::for_workers(
+        consumer.workers,
+        redis,
+        &consumer.claim,
+        &consumer.name,
+        &signs.meter,
+    )
 }
 
 fn renewal(

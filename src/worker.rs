@@ -126,7 +126,7 @@ impl Daemon {
     /// 0 after a stop, 78 when configuration and handlers do not fit.
     #[must_use]
     pub fn run(self) -> ExitCode {
-        logging::start();
+        logging::start(config::logs_to_journal());
         if let Some(misfit) = self.unused() {
             log::error!("{misfit}");
             return Exit::Config.into();

@@ -280,6 +280,7 @@ fn configuration(settings: &Settings, workers: usize) -> Result<String> {
     set(&mut consumer, "handler.sql", effect.into());
     let mut config = Table::new();
     set(&mut config, "broker.url", settings.amqp.as_str().into());
+    set(&mut config, "admin.listen", "127.0.0.1:0".into());
     set(&mut config, "redis.url", settings.redis.as_str().into());
     set(
         &mut config,

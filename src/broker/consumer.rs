@@ -18,6 +18,7 @@ use crate::backoff::Backoff;
 use crate::config::checked;
 use crate::gate::Gate;
 use crate::message::{Delivery, Epoch, Settled};
+use crate::observe::Signs;
 use crate::stop::{Stop, Stopper};
 use flow::{Flow, Turn};
 
@@ -57,6 +58,8 @@ pub struct Feed<'a> {
     pub gate: &'a Gate,
     /// Time to stop.
     pub stop: &'a Stop,
+    /// What is counted and shown.
+    pub signs: &'a Signs,
     /// How long a stop waits for the workers.
     pub shutdown_timeout: Duration,
 }
@@ -106,6 +109,8 @@ fn consume<'a>(
             Ok(consumer) => consumer,
             Err(cause) => return End::Lost(cause),
         };
+        feed.signs.meter.consuming(true);
+        feed.signs.pulse.consuming();
         let turn = flow.consume(consumer.receiver(), feed, paused);
         if matches!(turn, Turn::Stop) {
             // Whatever becomes of the rest: nothing more is begun.

@@ -2,12 +2,13 @@
 //! for its workers and the thread that renews their claims, so that a switch is
 //! made, told and counted once, and one thread alone asks a Redis that is away.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::backoff::Backoff;
+use crate::observe::metrics::{Meter, Server};
 use crate::random;
 
 /// First and longest wait before a Redis that is away is asked again.
@@ -55,6 +56,8 @@ struct Away {
 #[derive(Debug)]
 pub struct Switches {
     consumer: String,
+    /// Where it is shown.
+    meter: Option<Arc<Meter>>,
     state: Mutex<State>,
     tell: Sender<()>,
     changes: Receiver<()>,
@@ -65,10 +68,18 @@ impl Switches {
         let (tell, changes) = bounded(1);
         Self {
             consumer: consumer.to_owned(),
+            meter: None,
             state: Mutex::default(),
             tell,
             changes,
         }
+    }
+
+    /// Shows it on `meter` too.
+    pub(super) fn shown_on(mut self, meter: &Arc<Meter>) -> Self {
+        meter.is_up(Server::Redis, true);
+        self.meter = Some(Arc::clone(meter));
+        self
     }
 
     /// How often Redis was lost and regained so far.
@@ -104,6 +115,9 @@ impl Switches {
         state.away = Some(Away { since, probe_at });
         drop(state);
         self.tell.try_send(()).ok();
+        if let Some(meter) = &self.meter {
+            meter.is_up(Server::Redis, false);
+        }
         log::warn!(
             consumer = self.consumer.as_str();
             "Redis cannot be used, going on with the ledger alone: {}", printable(cause)
@@ -140,6 +154,10 @@ impl Switches {
         state.regained_at = Some(Instant::now());
         let times = state.lost;
         drop(state);
+        if let Some(meter) = &self.meter {
+            meter.is_up(Server::Redis, true);
+            meter.reconnected(Server::Redis);
+        }
         let away = away.since.elapsed().as_millis();
         log::info!(
             consumer = self.consumer.as_str(),

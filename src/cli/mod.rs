@@ -151,7 +151,7 @@ pub fn main() -> Exit {
             return exit;
         }
     };
-    crate::observe::logging::start();
+    crate::observe::logging::start(config::logs_to_journal());
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),

@@ -8,6 +8,7 @@ use crate::config::Config;
 use crate::daemon::{self, Fatal};
 use crate::handler::command;
 use crate::handler::rust::Makers;
+use crate::observe::logging;
 use crate::stop::{self, Stopper};
 
 /// Arguments of `ackonce run`.
@@ -33,6 +34,7 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
 ///
 /// The exit status.
 pub fn run_daemon(config: Config, makers: Makers) -> Result<Exit, Exit> {
+    logging::set_format(config.log_format);
     let (signal, signals) = bounded(2);
     ctrlc::set_handler(move || {
         signal.try_send(()).ok();

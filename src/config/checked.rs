@@ -45,6 +45,10 @@ pub struct Config {
     pub ledger: Ledger,
     /// `[daemon]`
     pub daemon: Daemon,
+    /// `[admin]`; `None` when `enabled = false`.
+    pub admin: Option<Admin>,
+    /// `[log] format`
+    pub log_format: LogFormat,
     /// `[[consumer]]`, at least one, names unique.
     pub consumers: Vec<Consumer>,
 }
@@ -104,6 +108,39 @@ pub struct Ledger {
     pub prune_every: Duration,
     /// Most rows deleted in one transaction.
     pub prune_batch: usize,
+}
+
+/// `[admin]`: the address for metrics and health.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admin {
+    /// Where it listens; port 0 lets the system choose.
+    pub listen: std::net::SocketAddr,
+    /// A consumer that has deliveries, settles none for so long, and has not
+    /// paused counts as dead.
+    pub stall_after: Duration,
+}
+
+/// How lines of the log are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl LogFormat {
+    /// All there are.
+    pub(super) const ALL: [Self; 2] = [Self::Text, Self::Json];
+
+    /// As typed and printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
 }
 
 /// `[daemon]`: the process.

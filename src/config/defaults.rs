@@ -1,9 +1,10 @@
 //! Every default, and the bounds of everything that has bounds: the one place
 //! for both. The shipped `config.toml` is tested against it.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use super::checked::{CommandMode, DeadLetters, Identity, QueueType, TopologyMode};
+use super::checked::{CommandMode, DeadLetters, Identity, LogFormat, QueueType, TopologyMode};
 
 /// What a number or a duration is when nothing is said, and the least and most
 /// it may be.
@@ -76,6 +77,15 @@ pub const RECONNECT_MAX: Setting<Duration> = setting(ms(3 * SECOND), ms(10), ms(
 
 /// Most servers that `[broker] url` names.
 pub const BROKER_URLS_MAX: usize = 16;
+
+/// `[admin] enabled`
+pub const ADMIN_ENABLED: bool = true;
+/// `[admin] listen`
+pub const ADMIN_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9478);
+/// `[admin] stall_after`
+pub const STALL_AFTER: Setting<Duration> = setting(ms(5 * MINUTE), ms(SECOND), ms(DAY));
+/// `[log] format`
+pub const LOG_FORMAT: LogFormat = LogFormat::Text;
 
 /// Longest `[[consumer]] name`, in characters.
 pub const CONSUMER_NAME_MAX: usize = 64;

@@ -62,3 +62,12 @@ pub(super) fn resolve(folder: &Path, path: &str) -> PathBuf {
     let joined = folder.join(path);
     std::path::absolute(&joined).unwrap_or(joined)
 }
+
+/// Whether standard error is the journal's own socket, by what systemd says of
+/// it in `$JOURNAL_STREAM`: its device and inode.
+pub(super) fn stderr_is(journal_stream: &str) -> bool {
+    use std::os::unix::fs::MetadataExt;
+
+    let own = std::fs::metadata("/proc/self/fd/2");
+    own.is_ok_and(|own| journal_stream == format!("{}:{}", own.dev(), own.ino()))
+}

@@ -27,7 +27,7 @@ impl Keys {
 pub const ROOT: Keys = Keys {
     title: "the top level",
     keys: &[
-        "broker", "redis", "postgres", "ledger", "daemon", "consumer",
+        "broker", "redis", "postgres", "ledger", "daemon", "admin", "log", "consumer",
     ],
 };
 /// `[broker]`
@@ -69,6 +69,16 @@ pub const LEDGER: Keys = Keys {
 pub const DAEMON: Keys = Keys {
     title: "[daemon]",
     keys: &["shutdown_timeout", "reconnect_min", "reconnect_max"],
+};
+/// `[admin]`
+pub const ADMIN: Keys = Keys {
+    title: "[admin]",
+    keys: &["enabled", "listen", "stall_after"],
+};
+/// `[log]`
+pub const LOG: Keys = Keys {
+    title: "[log]",
+    keys: &["format"],
 };
 /// `[[consumer]]`
 pub const CONSUMER: Keys = Keys {
@@ -156,9 +166,9 @@ pub const HANDLER: Keys = Keys {
 };
 
 /// Every section.
-pub const ALL: [&Keys; 13] = [
-    &ROOT, &BROKER, &REDIS, &POSTGRES, &LEDGER, &DAEMON, &CONSUMER, &RETRY, &FAILURES, &CLAIM,
-    &TOPOLOGY, &BINDING, &HANDLER,
+pub const ALL: [&Keys; 15] = [
+    &ROOT, &BROKER, &REDIS, &POSTGRES, &LEDGER, &DAEMON, &ADMIN, &LOG, &CONSUMER, &RETRY,
+    &FAILURES, &CLAIM, &TOPOLOGY, &BINDING, &HANDLER,
 ];
 
 /// A hint for `unknown` in `section`: a name like it, else the section it

@@ -15,6 +15,7 @@ mod files;
 mod handler;
 mod interpolate;
 mod names;
+mod observe;
 mod print;
 mod reader;
 mod retry;
@@ -49,6 +50,18 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
     let text = files::read_text(path, defaults::CONFIG_FILE_MAX)
         .map_err(|unreadable| unreadable_config(path, &unreadable))?;
     parse(&text, path, &|name| std::env::var(name).ok())
+}
+
+/// Whether what is written to standard error goes to systemd's journal.
+#[must_use]
+pub fn logs_to_journal() -> bool {
+    std::env::var("JOURNAL_STREAM").is_ok_and(|stream| files::stderr_is(&stream))
+}
+
+/// Whether systemd waits to be told how this process is.
+#[must_use]
+pub fn is_notify_service() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
 /// Reads the configuration `text` as if it stood in `origin`; relative paths
@@ -88,6 +101,8 @@ fn read(reader: &Reader<'_>, table: &DeTable<'_>) -> Option<Config> {
     let postgres = servers::postgres(&root);
     let (ledger, retention) = servers::ledger(&root);
     let daemon = servers::daemon(&root);
+    let admin = observe::admin(&root);
+    let log_format = observe::log_format(&root);
     let consumers = consumer::consumers(&root, &retention);
     Some(Config {
         broker: broker?,
@@ -95,6 +110,8 @@ fn read(reader: &Reader<'_>, table: &DeTable<'_>) -> Option<Config> {
         postgres: postgres?,
         ledger,
         daemon,
+        admin,
+        log_format,
         consumers,
     })
 }

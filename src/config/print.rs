@@ -74,6 +74,16 @@ impl Writer {
         self.duration("shutdown_timeout", config.daemon.shutdown_timeout);
         self.duration("reconnect_min", config.daemon.reconnect_min);
         self.duration("reconnect_max", config.daemon.reconnect_max);
+
+        self.header("[admin]");
+        self.plain("enabled", config.admin.is_some());
+        if let Some(admin) = &config.admin {
+            self.string("listen", &admin.listen.to_string());
+            self.duration("stall_after", admin.stall_after);
+        }
+
+        self.header("[log]");
+        self.string("format", config.log_format.as_str());
     }
 
     fn consumer(&mut self, consumer: &Consumer) {

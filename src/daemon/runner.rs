@@ -14,12 +14,17 @@ use crate::broker::topology::TopologyError;
 use crate::config::checked;
 use crate::handler::rust::Makers;
 use crate::message::{Epoch, Settled};
+use crate::observe::Signs;
+use crate::observe::metrics::Server;
 use crate::pool::Pool;
 use crate::random;
 use crate::stop::Stop;
 
 /// Workers that ran for so long before one panicked: the next wait starts small.
 const STABLE: Duration = Duration::from_secs(30);
+
+/// Longest wait without a sign of life.
+const BEAT: Duration = Duration::from_secs(1);
 
 /// What the end of one connection means.
 enum Next {
@@ -40,6 +45,7 @@ pub(super) struct Runner {
     pub(super) makers: Makers,
     pub(super) host: String,
     pub(super) stop: Stop,
+    pub(super) signs: Signs,
 }
 
 /// What is known from one connection to the next.
@@ -58,10 +64,18 @@ impl Runner {
             declared: false,
             streak: Streak::new(self.config.broker.urls.len()),
         };
+        // The schema was seen to before.
+        self.signs.meter.is_up(Server::Postgres, true);
         let mut restarts = 0;
         loop {
             let since = Instant::now();
-            let mut pool = Pool::start(&self.config, &self.consumer, &self.makers, &self.host)?;
+            let mut pool = Pool::start(
+                &self.config,
+                &self.consumer,
+                &self.makers,
+                &self.host,
+                &self.signs,
+            )?;
             let next = self.serve(&mut pool, &mut memory);
             pool.stop(match next {
                 // The stop has waited for the workers, or there is one to
@@ -114,7 +128,7 @@ impl Runner {
                 return Ok(next);
             }
         };
-        memory.declared = true;
+        let is_first = !std::mem::replace(&mut memory.declared, true);
         let server = session.server();
         let since = Instant::now();
         let feed = Feed {
@@ -129,9 +143,17 @@ impl Runner {
             panicked: &pool.panicked,
             gate: &pool.gate,
             stop: &self.stop,
+            signs: &self.signs,
             shutdown_timeout: self.config.daemon.shutdown_timeout,
         };
+        self.signs.meter.is_up(Server::Broker, true);
+        if !is_first {
+            self.signs.meter.reconnected(Server::Broker);
+        }
         let (end, settled) = session.consume(feed);
+        self.signs.meter.consuming(false);
+        self.signs.meter.in_flight(0);
+        self.signs.pulse.flow(0, true);
         memory.streak.stood(since.elapsed(), settled);
         Ok(match end {
             End::Stopped { unfinished: 0 } => Next::Stopped,
@@ -142,7 +164,11 @@ impl Runner {
                 );
                 Next::Stopped
             }
-            End::Panicked => Next::Restart,
+            End::Panicked => {
+                self.signs.meter.panicked();
+                self.signs.pulse.connecting("a worker panicked");
+                Next::Restart
+            }
             End::Lost(cause) => {
                 let why = cause.to_string();
                 let alike = memory.streak.failed(server, &why);
@@ -176,6 +202,8 @@ impl Runner {
     /// One line for each kind of trouble, and then ever more rarely.
     fn tell_lost(&self, why: &str, alike: Option<u32>, memory: &Memory) {
         let why = why.replace("\n  hint: ", "; hint: ");
+        self.signs.meter.is_up(Server::Broker, false);
+        self.signs.pulse.connecting(&why);
         let name = self.consumer.name.as_str();
         let epoch = memory.epoch.0;
         match alike {
@@ -234,6 +262,7 @@ impl Runner {
                     Err(_) => return Err(Next::Restart),
                 },
                 recv(self.stop.as_receiver()) -> _ => return Err(Next::Unconnected),
+                default(BEAT) => self.signs.pulse.beat(BEAT),
             }
         }
     }
@@ -256,7 +285,7 @@ impl Runner {
                     Err(_) => return Some(Next::Restart),
                 },
                 recv(self.stop.as_receiver()) -> _ => return Some(Next::Unconnected),
-                default(left) => {}
+                default(left.min(BEAT)) => self.signs.pulse.beat(BEAT),
             }
         }
     }

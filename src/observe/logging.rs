@@ -1,20 +1,153 @@
-//! The log: lines on standard error, each with its fields as `key=value`.
+//! The log: one line on standard error for each event, as text or as a JSON
+//! object, each with its fields. No line holds a control character, so that
+//! nothing a server says can look like another line.
 
-use log::{LevelFilter, Log, Metadata, Record};
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::sync::atomic::{AtomicU8, Ordering};
 
-/// Starts the log. `RUST_LOG` sets its level (`info` unless told otherwise),
-/// save for what may quote a secret: that is held back at every level.
-pub fn start() {
+use env_logger::fmt::Formatter;
+use log::kv::{Error, Key, Value, VisitSource};
+use log::{Level, LevelFilter, Log, Metadata, Record};
+
+use crate::config::checked::LogFormat;
+
+const TEXT: u8 = 0;
+const JSON: u8 = 1;
+const JOURNAL: u8 = 2;
+
+static FORMAT: AtomicU8 = AtomicU8::new(TEXT);
+
+/// Starts the log, as text; for the journal if `to_journal`, which wants to be
+/// told a line's priority and knows its time. `RUST_LOG` sets its level (`info`
+/// unless told otherwise), save for what may quote a secret: that is held back
+/// at every level.
+pub fn start(to_journal: bool) {
+    if to_journal {
+        FORMAT.store(JOURNAL, Ordering::Relaxed);
+    }
     let mut builder = env_logger::Builder::new();
     builder.filter_level(LevelFilter::Info);
     builder.filter_module("sqlx", LevelFilter::Warn);
     builder.parse_default_env();
+    builder.format(write);
     let logger = builder.build();
     let level = logger.filter();
     // A second logger in the process is the caller's choice, not an error.
     if log::set_boxed_logger(Box::new(Capped(logger))).is_ok() {
         log::set_max_level(level);
     }
+}
+
+/// Writes further lines as the configuration wants them.
+pub fn set_format(format: LogFormat) {
+    match format {
+        LogFormat::Json => FORMAT.store(JSON, Ordering::Relaxed),
+        LogFormat::Text => {}
+    }
+}
+
+fn write(out: &mut Formatter, record: &Record<'_>) -> std::io::Result<()> {
+    let format = FORMAT.load(Ordering::Relaxed);
+    if format == JSON {
+        let time = out.timestamp_millis().to_string();
+        return writeln!(out, "{}", json(&time, record));
+    }
+    if format == JOURNAL {
+        write!(out, "<{}>", priority(record.level()))?;
+    } else {
+        let time = out.timestamp_millis();
+        let level = record.level();
+        let style = out.default_level_style(level);
+        write!(out, "{time} {style}{level:<5}{style:#} ")?;
+    }
+    writeln!(out, "{}", text(record))
+}
+
+/// As in syslog.
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    }
+}
+
+fn text(record: &Record<'_>) -> String {
+    let mut line = String::new();
+    let message = record.args().to_string();
+    let _ = write!(line, "{}: {}", record.target(), one_line(&message));
+    let _ = record
+        .key_values()
+        .visit(&mut Fields(|key: &str, value: &Value<'_>| {
+            let value = value.to_string();
+            let plain = !value.is_empty()
+                && value
+                    .chars()
+                    .all(|c| !c.is_whitespace() && !c.is_control() && c != '"' && c != '=');
+            let _ = match plain {
+                true => write!(line, " {key}={value}"),
+                false => write!(line, " {key}={}", serde_json::Value::from(value)),
+            };
+        }));
+    line
+}
+
+fn json(time: &str, record: &Record<'_>) -> String {
+    let mut object = serde_json::Map::new();
+    object.insert("time".to_owned(), time.into());
+    object.insert(
+        "level".to_owned(),
+        record.level().as_str().to_ascii_lowercase().into(),
+    );
+    object.insert("target".to_owned(), record.target().into());
+    object.insert("message".to_owned(), record.args().to_string().into());
+    let _ = record
+        .key_values()
+        .visit(&mut Fields(|key: &str, value: &Value<'_>| {
+            let number = value.to_u64().map(serde_json::Value::from);
+            let number = number.or(value.to_i64().map(serde_json::Value::from));
+            object.insert(
+                key.to_owned(),
+                number.unwrap_or_else(|| value.to_string().into()),
+            );
+        }));
+    serde_json::Value::Object(object).to_string()
+}
+
+/// Calls its function with each field.
+struct Fields<F>(F);
+
+impl<'kvs, F: FnMut(&str, &Value<'_>)> VisitSource<'kvs> for Fields<F> {
+    fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
+        (self.0)(key.as_str(), &value);
+        Ok(())
+    }
+}
+
+/// Line breaks, with the indentation after them, become a space; other control
+/// characters are escaped.
+fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    let mut after_break = false;
+    for character in text.chars() {
+        match character {
+            '\n' | '\r' => after_break = true,
+            ' ' | '\t' if after_break => {}
+            _ => {
+                if std::mem::take(&mut after_break) {
+                    line.push(' ');
+                }
+                if character.is_control() {
+                    line.extend(character.escape_default());
+                } else {
+                    line.push(character);
+                }
+            }
+        }
+    }
+    line
 }
 
 /// A log that keeps other people's secrets whatever `RUST_LOG` says: amiquip
@@ -25,7 +158,7 @@ struct Capped<L>(L);
 
 fn is_held_back(metadata: &Metadata<'_>) -> bool {
     let target = metadata.target();
-    target.starts_with("amiquip") && metadata.level() > log::Level::Error
+    target.starts_with("amiquip") && metadata.level() > Level::Error
         || target.starts_with("sqlx::postgres::notice")
         || target.starts_with("ureq") && metadata.level() > log::Level::Warn
 }
@@ -48,9 +181,9 @@ impl<L: Log> Log for Capped<L> {
 
 #[cfg(test)]
 mod tests {
-    use log::{Level, Metadata};
+    use log::{Level, Metadata, Record};
 
-    use super::is_held_back;
+    use super::*;
 
     #[test]
     fn what_may_hold_a_secret_is_held_back_at_every_level() {
@@ -67,5 +200,38 @@ mod tests {
             let metadata = Metadata::builder().target(target).level(level).build();
             assert_eq!(is_held_back(&metadata), held, "{target} {level}");
         }
+    }
+
+    #[test]
+    fn nothing_that_is_logged_can_look_like_another_line() {
+        let fields = [("consumer", "or\nders"), ("code", "42P01"), ("empty", "")];
+        let record = Record::builder()
+            .args(format_args!("a\n  hint: b\x1b[31m\r\n<3>c"))
+            .level(Level::Warn)
+            .target("ackonce")
+            .key_values(&fields)
+            .build();
+        let line = text(&record);
+        assert_eq!(
+            line,
+            r#"ackonce: a hint: b\u{1b}[31m <3>c consumer="or\nders" code=42P01 empty="""#
+        );
+    }
+
+    #[test]
+    fn json_keeps_every_field_on_one_line() {
+        let fields = [("deliveries", 3_u64)];
+        let record = Record::builder()
+            .args(format_args!("a\n\"b\""))
+            .level(Level::Info)
+            .target("ackonce")
+            .key_values(&fields)
+            .build();
+        let line = json("now", &record);
+        assert!(!line.contains('\n'), "{line}");
+        let read: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(read["message"], "a\n\"b\"");
+        assert_eq!(read["level"], "info");
+        assert_eq!(read["deliveries"], 3);
     }
 }

@@ -13,6 +13,7 @@ use crate::handler::Work;
 use crate::ledger::{CommitError, Record};
 use crate::lifecycle::Event;
 use crate::message::{Fingerprint, MessageId};
+use crate::observe::metrics::{PauseCause, Server};
 use crate::postgres::Error;
 use crate::random;
 
@@ -185,6 +186,7 @@ impl Worker {
         for item in items.iter_mut() {
             item.duration = Some(begun.elapsed());
         }
+        self.shared.signs.meter.handled(begun.elapsed());
         match handled.and_then(|()| self.unmark_suspects(items)) {
             Ok(()) => {}
             Err(error) => return self.undo(items, error, Stage::Handler),
@@ -309,6 +311,8 @@ impl Worker {
     }
 
     fn wait_for(&mut self, failure: Failure, stage: Stage) -> Tried {
+        self.shared.signs.meter.failed(failure.class);
+        self.show_lost(&failure);
         Tried::Wait(Trouble { failure, stage })
     }
 
@@ -397,7 +401,10 @@ impl Worker {
     pub(super) fn open_gate(&mut self) {
         self.reconnected = false;
         self.trials = 0;
+        self.shared.signs.meter.is_up(Server::Postgres, true);
         if let Some(closed_for) = self.shared.gate.succeeded() {
+            self.shared.signs.meter.resumed();
+            self.shared.signs.pulse.resumed();
             log::info!(
                 consumer = self.shared.consumer.name.as_str(),
                 paused_ms = u64::try_from(closed_for.as_millis()).unwrap_or(u64::MAX);
@@ -408,6 +415,12 @@ impl Worker {
 
     pub(super) fn close_gate(&mut self, failure: &Failure) {
         if self.shared.gate.close() {
+            let cause = match failure.class {
+                Class::Systemic => PauseCause::World,
+                Class::Transient | Class::Permanent => PauseCause::Breaker,
+            };
+            self.shared.signs.meter.paused(cause);
+            self.shared.signs.pulse.paused(self.in_public(failure));
             log::warn!(
                 consumer = self.shared.consumer.name.as_str(),
                 code = failure.code.as_deref().unwrap_or(""),
@@ -417,7 +430,15 @@ impl Worker {
         }
     }
 
+    /// Shows that PostgreSQL is away, if that is what failed.
+    pub(super) fn show_lost(&self, failure: &Failure) {
+        if failure.code.is_none() {
+            self.shared.signs.meter.is_up(Server::Postgres, false);
+        }
+    }
+
     pub(super) fn say_replaced(&self, failure: &Failure) {
+        self.shared.signs.meter.reconnected(Server::Postgres);
         log::info!(
             consumer = self.shared.consumer.name.as_str(),
             code = failure.code.as_deref().unwrap_or("");

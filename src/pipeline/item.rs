@@ -1,6 +1,6 @@
 //! One delivery and where it stands.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::leases::Lease;
 use crate::claim::Token;
@@ -15,6 +15,10 @@ use crate::message::{DeadReason, Delivery, Epoch, Fingerprint, MessageId, Settle
 #[derive(Debug)]
 pub struct Item {
     pub(super) delivery: Delivery,
+    /// When it came.
+    pub(super) since: Instant,
+    /// It was found applied.
+    pub(super) is_duplicate: bool,
     /// `None` when it has no usable id.
     pub(super) id: Option<MessageId>,
     /// Whether others that come with its id join it.
@@ -58,6 +62,8 @@ impl Item {
         Self {
             fingerprint: identity::fingerprint(&delivery.message.body),
             delivery,
+            since: Instant::now(),
+            is_duplicate: false,
             id: None,
             owner: false,
             state: State::Received,

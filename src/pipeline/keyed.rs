@@ -109,7 +109,8 @@ impl Foreman {
         let kind = handlers.first().map_or("", |handler| handler.kind());
         let [own, keeping] = ledgers.map(Ledger::by_index);
         let (stop, allowed) = (shared.stop.clone(), shared.shutdown_timeout);
-        let leases = Leases::start(&shared.consumer, stop, allowed, keeping, panicked)?;
+        let signs = &shared.signs;
+        let leases = Leases::start(&shared.consumer, stop, allowed, keeping, signs, panicked)?;
         // Every delivery of the current connection and of the one before it.
         let most = 2 * usize::from(shared.consumer.prefetch);
         let crew = Crew::start(&shared, handlers, most, panicked)?;
@@ -217,6 +218,7 @@ impl Foreman {
         }
         self.fill(&mut batch, room);
         if !batch.is_empty() {
+            self.worker.shared.signs.meter.took(batch.len());
             failpoint::hit(Step::Received);
         }
         batch
@@ -310,7 +312,9 @@ impl Foreman {
         match answer.outcome {
             Outcome::NotCalled => self.lost(item),
             Outcome::Returned(result) => {
-                self.pace.saw(item.duration.unwrap_or_default());
+                let took = item.duration.unwrap_or_default();
+                self.worker.shared.signs.meter.handled(took);
+                self.pace.saw(took);
                 match result {
                     Ok(()) => {
                         item.on(Event::Succeeded);
@@ -349,6 +353,7 @@ impl Foreman {
         let stuck = std::slice::from_mut(&mut item);
         if failure.class == Class::Systemic && !self.worker.is_struck_out(stuck, Stage::Handler) {
             item.on(Event::Failed(Class::Systemic));
+            self.worker.shared.signs.meter.failed(failure.class);
             if self.worker.shared.gate.successes() == item.sent_at {
                 self.worker.close_gate(&failure);
             }

@@ -16,6 +16,8 @@ use crossbeam_channel::Sender;
 use crate::config::checked;
 use crate::ledger::{Ledger, Owner};
 use crate::message::MessageId;
+use crate::observe::Signs;
+use crate::observe::metrics::Meter;
 use crate::stop::{self, Stop, Stopper};
 
 /// How much of a lease may pass without a renewal before it counts as lost, in
@@ -41,6 +43,7 @@ struct Shelf {
     shutdown_timeout: Duration,
     held: Mutex<HashMap<MessageId, Entry>>,
     lost: AtomicU64,
+    meter: Arc<Meter>,
 }
 
 struct Entry {
@@ -110,6 +113,7 @@ impl Leases {
         stop: Stop,
         shutdown_timeout: Duration,
         mut ledger: Ledger,
+        signs: &Signs,
         panicked: &Sender<()>,
     ) -> anyhow::Result<Self> {
         let shelf = Arc::new(Shelf {
@@ -120,6 +124,7 @@ impl Leases {
             shutdown_timeout,
             held: Mutex::default(),
             lost: AtomicU64::new(0),
+            meter: Arc::clone(&signs.meter),
         });
         let tick = (shelf.lease / 20).clamp(TICK.0, TICK.1);
         let watched = Arc::downgrade(&shelf);
@@ -192,6 +197,7 @@ impl Shelf {
         if count == 0 {
             return;
         }
+        self.meter.lost_claims(count);
         let total = self.lost.fetch_add(count, Ordering::Relaxed) + count;
         log::warn!(
             consumer = self.consumer.as_str(), claims = count, total = total;

@@ -11,10 +11,11 @@ use crate::config::checked;
 use crate::failpoint::{self, Mutant, Step};
 use crate::failure::Failure;
 use crate::ledger::{CommitError, JournalEntry, Owner};
-use crate::lifecycle::{Action, Event, State};
+use crate::lifecycle::{Action, Body, Event, State};
 use crate::message::{
     DeadReason, Fingerprint, MessageId, Parcel, Purpose, Settled, Settlement, Ticket,
 };
+use crate::observe::metrics::{FoundIn, Settling};
 use crate::postgres::Error;
 
 /// What is decided and not yet told.
@@ -48,6 +49,7 @@ impl Verdict {
 impl Worker {
     /// Moves an item on and keeps what that decided.
     pub(super) fn advance(&mut self, mut item: Item, event: Event) {
+        self.count(&mut item, event);
         for action in item.on(event) {
             match action {
                 Action::MarkDone => self
@@ -104,11 +106,32 @@ impl Worker {
         }
     }
 
+    /// Counts what an event says of a delivery.
+    fn count(&self, item: &mut Item, event: Event) {
+        let meter = &self.shared.signs.meter;
+        let found_in = match event {
+            Event::MarkedDone(Body::Same) => FoundIn::Redis,
+            Event::Found(Body::Same) => FoundIn::Ledger,
+            Event::OwnerApplied(Body::Same) => FoundIn::Flight,
+            Event::ClaimHeld => return meter.parked(),
+            _ => return,
+        };
+        item.is_duplicate = true;
+        meter.duplicate(found_in);
+    }
+
     /// Keeps a settlement, to be told.
     fn settle(&mut self, mut item: Item, settlement: Settlement) {
         if item.marked {
             self.verdict.unmarked.extend(item.id.clone());
         }
+        self.shared.signs.meter.settled(&Settling {
+            settlement,
+            is_duplicate: item.is_duplicate,
+            reason: item.reason,
+            took: item.since.elapsed(),
+            published_at: item.delivery.message.published_at,
+        });
         let parcel = self.parcel(&mut item, settlement);
         self.verdict.settled.push(Settled {
             ticket: item.delivery.ticket,
@@ -171,6 +194,7 @@ impl Worker {
     /// 7 and 8. Tells Redis, the journal and the broker, in that order: what
     ///    the broker has been told cannot be done again.
     pub(super) fn tell(&mut self) {
+        self.show_parked();
         loop {
             let verdict = std::mem::take(&mut self.verdict);
             if let Some(claims) = &mut self.claims {
@@ -276,6 +300,9 @@ impl Worker {
             }
         };
         for mut item in failed {
+            if let Some(failure) = item.failure.as_ref().filter(|_| item.duration.is_some()) {
+                self.shared.signs.meter.failed(failure.class);
+            }
             if let State::Journaling(reason) = item.state {
                 item.reason = Some(reason);
             }

@@ -9,11 +9,13 @@ pub struct Config {
 }
 
 impl Config {
-    /// An empty one.
+    /// One that says nothing but where its metrics are: several daemons run
+    /// at a time.
     pub fn new() -> Self {
         Self {
             table: Table::new(),
         }
+        .set("admin.listen", "127.0.0.1:0")
     }
 
     /// Sets `path`, such as `redis.enabled`.

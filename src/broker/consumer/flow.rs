@@ -26,6 +26,9 @@ const HOLD_ACKS: Duration = Duration::from_millis(5);
 /// How long a stop waits for the copies that are on their way.
 const COURIER_WITHIN: Duration = Duration::from_millis(2_500);
 
+/// Longest wait for something to happen: then it is shown that nothing has.
+const BEAT: Duration = Duration::from_secs(1);
+
 /// Deliveries taken in one go before settlements are looked at.
 const BURST: usize = 256;
 
@@ -54,6 +57,8 @@ pub(super) struct Flow<'a> {
     courier: Courier,
     /// Whether the daemon publishes dead letters itself.
     publishes: bool,
+    /// What [`Flow::settled`] said when it was last shown.
+    shown: u64,
     /// Deliveries that found the inbox full.
     kept: VecDeque<Delivery>,
     /// When acks that are held back must go.
@@ -76,6 +81,7 @@ impl<'a> Flow<'a> {
             window: Window::default(),
             courier: Courier::start(feed.broker, link.server(), feed.consumer, feed.backoff)?,
             publishes: feed.consumer.topology.dead_letters == DeadLetters::Publish,
+            shown: 0,
             kept: VecDeque::new(),
             acks_due: None,
             settled: 0,
@@ -135,6 +141,7 @@ impl<'a> Flow<'a> {
                 false => &nothing,
             };
             let wait = self.next_wake().min(until_pause.unwrap_or(Duration::MAX));
+            feed.signs.pulse.beat(wait);
             select! {
                 recv(from) -> message => self.take_burst(message.ok(), deliveries, feed)?,
                 recv(feed.outbox) -> settled => match settled {
@@ -152,7 +159,16 @@ impl<'a> Flow<'a> {
             }
             self.offer_kept(feed);
             self.send_acks()?;
+            self.show(feed);
         }
+    }
+
+    fn show(&mut self, feed: &Feed<'_>) {
+        let outstanding = self.window.outstanding();
+        let settled = self.settled();
+        let advanced = settled != std::mem::replace(&mut self.shown, settled);
+        feed.signs.meter.in_flight(outstanding);
+        feed.signs.pulse.flow(outstanding, advanced);
     }
 
     fn next_wake(&self) -> Duration {
@@ -162,7 +178,7 @@ impl<'a> Flow<'a> {
         match (acks, self.kept.is_empty()) {
             (Some(acks), _) => acks,
             (None, false) => HOLD_ACKS,
-            (None, true) => Duration::from_secs(3600),
+            (None, true) => BEAT,
         }
     }
 
@@ -213,6 +229,7 @@ impl<'a> Flow<'a> {
                 }
                 let repairs = self.repairs.take(self.channel.channel_id(), tag);
                 let message = convert::hollow_out(&mut delivery, repairs);
+                feed.signs.meter.received(message.redelivered);
                 self.window.put(tag, Box::new(delivery));
                 let epoch = self.epoch;
                 Ok(Some(Delivery {
@@ -405,6 +422,8 @@ impl<'a> Flow<'a> {
         feed: &mut Feed<'_>,
     ) -> End {
         let deadline = Instant::now() + feed.stop.left_of(feed.shutdown_timeout);
+        feed.signs.pulse.stopping();
+        feed.signs.pulse.beat(feed.shutdown_timeout);
         // The workers end when their inbox is closed and empty, and with the
         // last of them the outbox.
         *feed.stopper = None;

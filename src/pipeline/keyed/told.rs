@@ -209,6 +209,7 @@ impl Foreman {
             self.worker.say_replaced(failure);
             return self.ledger_rest.begin(Duration::ZERO);
         }
+        self.worker.show_lost(failure);
         if failure.class == Class::Systemic {
             self.worker.close_gate(failure);
         }

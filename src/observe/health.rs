@@ -1,0 +1,264 @@
+//! Whether the daemon is alive and ready, judged by what it gets done and not
+//! by its existence.
+//!
+//! *Ready* is a daemon whose consumers are all subscribed and not paused.
+//! *Alive* is one whose consumers' threads come round, and whose deliveries
+//! are settled while there are any. A server that is away makes it unready,
+//! not dead: a restart would mend nothing.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+/// What a consumer is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Doing {
+    Starting,
+    Connecting(String),
+    Consuming,
+    Stopping,
+}
+
+/// One consumer's signs of life, written by its threads.
+#[derive(Debug)]
+pub struct Pulse {
+    consumer: String,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    doing: Doing,
+    /// Why it takes no messages, while it takes none.
+    paused: Option<String>,
+    /// When its broker thread last came round, and by when it will again.
+    due: Instant,
+    in_flight: usize,
+    /// When a delivery was last settled, or there was none to settle.
+    advanced: Instant,
+}
+
+impl Pulse {
+    fn new(consumer: &str, now: Instant) -> Self {
+        Self {
+            consumer: consumer.to_owned(),
+            state: Mutex::new(State {
+                doing: Doing::Starting,
+                paused: None,
+                due: now + GRACE,
+                in_flight: 0,
+                advanced: now,
+            }),
+        }
+    }
+
+    /// Its thread came round, and will again `within` so long.
+    pub fn beat(&self, within: Duration) {
+        self.lock().due = Instant::now() + within + GRACE;
+    }
+
+    /// It has no connection, for this reason.
+    pub fn connecting(&self, cause: &str) {
+        self.lock().doing = Doing::Connecting(cause.to_owned());
+    }
+
+    /// It is subscribed.
+    pub fn consuming(&self) {
+        self.lock().doing = Doing::Consuming;
+    }
+
+    /// It stops.
+    pub fn stopping(&self) {
+        self.lock().doing = Doing::Stopping;
+    }
+
+    /// It takes no messages, for this reason.
+    pub fn paused(&self, cause: &str) {
+        self.lock().paused = Some(cause.to_owned());
+    }
+
+    /// It takes messages again.
+    pub fn resumed(&self) {
+        let mut state = self.lock();
+        state.paused = None;
+        state.advanced = Instant::now();
+    }
+
+    /// So many deliveries are in flight, after `settled` more of them were
+    /// settled.
+    pub fn flow(&self, in_flight: usize, settled: bool) {
+        let mut state = self.lock();
+        if settled || state.in_flight == 0 {
+            state.advanced = Instant::now();
+        }
+        state.in_flight = in_flight;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a busy machine may add to every bound.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// The pulses of all consumers.
+#[derive(Debug)]
+pub struct Health {
+    pulses: Mutex<Vec<Arc<Pulse>>>,
+    stall_after: Duration,
+}
+
+/// What is to be said of one consumer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Its name.
+    pub consumer: String,
+    /// `starting`, `connecting`, `consuming`, `paused` or `stopping`.
+    pub state: &'static str,
+    /// Why it does not consume.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<String>,
+    /// Deliveries handed over and not settled.
+    pub in_flight: usize,
+    /// Why it counts as dead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stalled: Option<String>,
+}
+
+impl Report {
+    /// Whether it consumes.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.state == "consuming" && self.is_alive()
+    }
+
+    /// Whether it gets anywhere.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.stalled.is_none()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.consumer, self.state)?;
+        for why in self.cause.iter().chain(&self.stalled) {
+            write!(f, ": {why}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Health {
+    /// Of no consumer yet. One that settles nothing for `stall_after`, though
+    /// it has deliveries and no pause, counts as dead.
+    #[must_use]
+    pub fn new(stall_after: Duration) -> Self {
+        Self {
+            pulses: Mutex::default(),
+            stall_after,
+        }
+    }
+
+    /// The pulse of one more consumer.
+    #[must_use]
+    pub fn pulse(&self, consumer: &str) -> Arc<Pulse> {
+        let pulse = Arc::new(Pulse::new(consumer, Instant::now()));
+        self.lock().push(Arc::clone(&pulse));
+        pulse
+    }
+
+    /// How each consumer is.
+    #[must_use]
+    pub fn reports(&self) -> Vec<Report> {
+        let now = Instant::now();
+        let pulses = self.lock();
+        pulses
+            .iter()
+            .map(|pulse| report(pulse, self.stall_after, now))
+            .collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<Pulse>>> {
+        self.pulses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn report(pulse: &Pulse, stall_after: Duration, now: Instant) -> Report {
+    let state = pulse.lock();
+    let (name, cause) = match (&state.doing, &state.paused) {
+        (Doing::Starting, _) => ("starting", None),
+        (Doing::Connecting(cause), _) => ("connecting", Some(cause.clone())),
+        (Doing::Stopping, _) => ("stopping", None),
+        (Doing::Consuming, Some(cause)) => ("paused", Some(cause.clone())),
+        (Doing::Consuming, None) => ("consuming", None),
+    };
+    let idle = now.saturating_duration_since(state.advanced);
+    let stalled = if now > state.due {
+        Some("its thread does not come round".to_owned())
+    } else if name == "consuming" && state.in_flight > 0 && idle > stall_after {
+        Some(format!(
+            "none of {} deliveries settled for {} s",
+            state.in_flight,
+            idle.as_secs()
+        ))
+    } else {
+        None
+    };
+    Report {
+        consumer: pulse.consumer.clone(),
+        state: name,
+        cause,
+        in_flight: state.in_flight,
+        stalled,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STALL: Duration = Duration::from_secs(60);
+
+    fn after(pulse: &Pulse, passed: Duration) -> Report {
+        report(pulse, STALL, Instant::now() + passed)
+    }
+
+    #[test]
+    fn what_has_not_connected_is_alive_and_not_ready() {
+        let pulse = Pulse::new("orders", Instant::now());
+        let new = after(&pulse, Duration::ZERO);
+        assert!(new.is_alive() && !new.is_ready(), "{new}");
+        pulse.connecting("refused");
+        pulse.beat(STALL);
+        let connecting = after(&pulse, STALL);
+        assert!(connecting.is_alive() && !connecting.is_ready());
+        assert_eq!(connecting.to_string(), "orders: connecting: refused");
+    }
+
+    #[test]
+    fn an_idle_consumer_is_ready_for_as_long_as_its_thread_comes_round() {
+        let pulse = Pulse::new("orders", Instant::now());
+        pulse.consuming();
+        pulse.beat(Duration::from_secs(3600));
+        assert!(after(&pulse, 20 * STALL).is_ready());
+        let late = after(&pulse, Duration::from_secs(3600) + 2 * GRACE);
+        assert!(!late.is_alive() && !late.is_ready(), "{late}");
+    }
+
+    #[test]
+    fn a_consumer_that_settles_nothing_is_dead_unless_it_is_paused() {
+        let pulse = Pulse::new("orders", Instant::now());
+        pulse.consuming();
+        pulse.beat(10 * STALL);
+        pulse.flow(3, false);
+        assert!(after(&pulse, STALL / 2).is_ready());
+        assert!(!after(&pulse, 2 * STALL).is_alive());
+        pulse.paused("the table is gone");
+        let paused = after(&pulse, 2 * STALL);
+        assert!(paused.is_alive() && !paused.is_ready(), "{paused}");
+    }
+}
