@@ -19,7 +19,7 @@ use crate::identity::idempotency_key;
 use crate::message::Message;
 
 /// Longest line of a program, in bytes, its end included.
-pub(super) const LINE_MAX: usize = 64 << 10;
+pub const LINE_MAX: usize = 64 << 10;
 
 /// Longest `error` of an answer, in characters: the journal keeps 2,000.
 const ERROR_CHARS: usize = 1_900;
@@ -47,7 +47,8 @@ struct Request<'a> {
 
 /// The line that hands over `work`, its end included; `id` is what the answer
 /// has to repeat, and `deadline` when it is no longer waited for.
-pub(super) fn request(consumer: &str, id: u64, deadline: f64, work: &Work<'_>) -> Vec<u8> {
+#[must_use]
+pub fn request(consumer: &str, id: u64, deadline: f64, work: &Work<'_>) -> Vec<u8> {
     let message = work.message;
     let body = std::str::from_utf8(&message.body).ok();
     let request = Request {
@@ -124,7 +125,7 @@ struct Greeting {
 /// # Errors
 ///
 /// What is wrong with it.
-pub(super) fn greeting(line: &[u8]) -> Result<(), String> {
+pub fn greeting(line: &[u8]) -> Result<(), String> {
     match serde_json::from_slice::<Greeting>(line) {
         Ok(Greeting { ready: true }) => Ok(()),
         Ok(Greeting { ready: false }) => Err("it says that it is not ready".to_owned()),
@@ -161,7 +162,7 @@ enum Outcome {
 /// # Errors
 ///
 /// What is wrong with the line.
-pub(super) fn answer(line: &[u8], id: u64) -> Result<Result<(), Failure>, String> {
+pub fn answer(line: &[u8], id: u64) -> Result<Result<(), Failure>, String> {
     let answer: Answer = serde_json::from_slice(line)
         .map_err(|error| format!("its answer is not understood, {error}: {}", quoted(line)))?;
     if answer.id != id {
