@@ -39,8 +39,9 @@ fn is_fit_to_show(text: &str, most: usize) {
 /// A line of a file of dead letters: what is taken from it is written as it was
 /// read.
 pub fn letters(data: &[u8]) {
-    let Ok(entry) = Entry::read(data) else {
-        return;
+    let entry = match Entry::read(data) {
+        Ok(entry) => entry,
+        Err(problem) => return is_fit_to_show(&problem, data.len() + PROBLEM_CHARS),
     };
     for identity in [
         Identity::MessageId,

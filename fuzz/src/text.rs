@@ -29,8 +29,6 @@ max_body = "1MiB"
 identity = "message-id"
 [consumer.retry]
 backoff = ["1s"]
-[consumer.failures]
-transient = ["57014"]
 [consumer.topology]
 queue = "orders"
 [consumer.handler]
@@ -63,7 +61,11 @@ const SLOTS: [Slot; 22] = [
     ("\"1MiB\"", "@", ""),
     ("\"message-id\"", "@", ""),
     ("\"1s\"", "@", ""),
-    ("\"57014\"", "@", ""),
+    (
+        "[consumer.topology]",
+        "[consumer.failures]\ntransient = [@]\n[consumer.topology]",
+        "",
+    ),
     ("queue = \"orders\"", "queue = @", ""),
     ("queue = \"orders\"", "dead_letter_queue = @", ""),
     ("queue = \"orders\"", "binding = [{ exchange = @ }]", ""),
@@ -102,7 +104,7 @@ pub(super) fn parse(text: &str) -> Result<Config, ConfigError> {
 /// The text of a configuration.
 pub fn config(data: &[u8]) {
     if let Ok(text) = std::str::from_utf8(data) {
-        reads_or_explains(text);
+        reads_or_explains(text).ok();
     }
 }
 

@@ -163,8 +163,12 @@ enum Outcome {
 ///
 /// What is wrong with the line.
 pub fn answer(line: &[u8], id: u64) -> Result<Result<(), Failure>, String> {
-    let answer: Answer = serde_json::from_slice(line)
-        .map_err(|error| format!("its answer is not understood, {error}: {}", quoted(line)))?;
+    let answer: Answer = serde_json::from_slice(line).map_err(|error| {
+        // It may quote names and values of the program's, of any length.
+        let error = harmless(error.to_string().as_bytes());
+        let error = shortened(&error);
+        format!("its answer is not understood, {error}: {}", quoted(line))
+    })?;
     if answer.id != id {
         return Err(format!(
             "its answer is to message {}, and it has message {id}",
@@ -230,6 +234,15 @@ mod tests {
         let failure = failed(r#"{"id":7,"outcome":"retry","retry_after_ms":18446744073709551615}"#);
         assert_eq!(failure.text, "the program gave no reason");
         assert_eq!(failure.retry_after, Some(RETRY_AFTER_MAX));
+    }
+
+    #[test]
+    fn what_a_program_calls_things_is_shown_escaped_and_shortened() {
+        let problem = answer(br#"{"id":7,"outcome":"done","\u001b[2J":1}"#, 7).unwrap_err();
+        assert!(problem.contains("unknown field `\\u{1b}[2J`"), "{problem}");
+        let long = format!(r#"{{"id":7,"outcome":"{}"}}"#, "x".repeat(5_000));
+        let problem = answer(long.as_bytes(), 7).unwrap_err();
+        assert!(problem.chars().count() < 1_000, "{problem}");
     }
 
     #[test]
