@@ -284,6 +284,48 @@ impl Metrics {
         })
     }
 
+    /// Removes every series of a consumer that is no more. What its last
+    /// threads still count is seen by nobody; another consumer of that name
+    /// begins at zero.
+    pub fn forget(&self, consumer: &str) {
+        let counters = [
+            &self.received,
+            &self.redelivered,
+            &self.conflicts,
+            &self.claims_lost,
+            &self.panics,
+        ];
+        // A series that is not there is as good as one that is removed.
+        for family in counters {
+            family.remove_label_values(&[consumer]).ok();
+        }
+        for family in [&self.in_flight, &self.parked, &self.consuming] {
+            family.remove_label_values(&[consumer]).ok();
+        }
+        for family in [&self.batch, &self.handling, &self.settling, &self.age] {
+            family.remove_label_values(&[consumer]).ok();
+        }
+        let by = |family: &IntCounterVec, values: &[&str]| {
+            for value in values {
+                family.remove_label_values(&[consumer, value]).ok();
+            }
+        };
+        by(&self.settled, &Outcome::ALL.map(Outcome::as_str));
+        by(&self.duplicates, &FoundIn::ALL.map(FoundIn::as_str));
+        by(&self.failures, &Class::ALL.map(Class::as_str));
+        by(&self.dead_letters, &DeadReason::ALL.map(DeadReason::as_str));
+        by(&self.reconnects, &Server::ALL.map(Server::as_str));
+        by(&self.pauses, &PauseCause::ALL.map(PauseCause::as_str));
+        for cause in PauseCause::ALL {
+            let labels = [consumer, cause.as_str()];
+            self.paused.remove_label_values(&labels).ok();
+        }
+        for server in Server::ALL {
+            let labels = [consumer, server.as_str()];
+            self.server_up.remove_label_values(&labels).ok();
+        }
+    }
+
     /// Everything, in the text format.
     ///
     /// # Errors
@@ -499,4 +541,29 @@ impl Meter {
 #[expect(clippy::cast_precision_loss, reason = "a batch has at most 4,096")]
 fn count(messages: usize) -> f64 {
     messages as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_consumer_that_is_forgotten_leaves_no_series_behind() {
+        let metrics = Metrics::new().unwrap();
+        let before = metrics.text().unwrap();
+        let kept = metrics.meter("bills");
+        let alone = metrics.text().unwrap();
+        let meter = metrics.meter("orders");
+        meter.received(false);
+        meter.took(3);
+        metrics.forget("orders");
+        assert_eq!(metrics.text().unwrap(), alone);
+        // Its last threads may still count.
+        meter.received(false);
+        drop(kept);
+        metrics.forget("bills");
+        assert_eq!(metrics.text().unwrap(), before);
+        let _again = metrics.meter("bills");
+        assert_eq!(metrics.text().unwrap(), alone);
+    }
 }
