@@ -13,6 +13,7 @@ mod pace;
 pub mod publish;
 pub mod replay;
 pub mod run;
+mod signals;
 pub mod terminal;
 pub mod why;
 

@@ -52,6 +52,12 @@ impl Shown {
             pulse: self.health.pulse(consumer),
         }
     }
+
+    /// Shows nothing of a consumer any more, which has ended.
+    pub fn forget(&self, consumer: &str) {
+        self.metrics.forget(consumer);
+        self.health.forget(consumer);
+    }
 }
 
 /// Serves `shown` at `address` on a thread of its own, for as long as the
