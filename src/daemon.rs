@@ -10,6 +10,7 @@ mod runner;
 mod streak;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context;
 use crossbeam_channel::{bounded, select};
@@ -50,12 +51,7 @@ pub enum Fatal {
 /// # Errors
 ///
 /// [`Fatal`], after the other consumers have been stopped too.
-pub fn run(
-    config: Config,
-    makers: &Makers,
-    stop: &Stop,
-    reloads: &Reloads,
-) -> Result<(), Fatal> {
+pub fn run(config: Config, makers: &Makers, stop: &Stop, reloads: &Reloads) -> Result<(), Fatal> {
     for consumer in &config.consumers {
         handler::build(consumer, makers).map_err(|e| Fatal::Config(e.to_string()))?;
     }
@@ -75,6 +71,7 @@ fn observe(config: &checked::Config) -> Result<Shown, Fatal> {
     let shown = Shown {
         metrics: Arc::new(Metrics::new().context("failed to make the metrics")?),
         health: Arc::new(Health::new(stall_after)),
+        since: Instant::now(),
     };
     if let Some(admin) = config.admin {
         let address = admin::start(admin.listen, shown.clone()).map_err(|error| {

@@ -30,7 +30,9 @@ pub fn changes(old: &Config, new: &Config) -> Vec<String> {
                 let after = rest.strip_prefix(name.as_str());
                 after.is_some_and(|after| after.starts_with('.'))
             };
-            old_names.iter().any(|name| of(&name) && new_names.contains(name))
+            old_names
+                .iter()
+                .any(|name| of(&name) && new_names.contains(name))
         }
         None => true,
     };

@@ -18,6 +18,7 @@ use crate::config::{self, Config, checked};
 use crate::handler::{self, rust::Makers};
 use crate::observe::admin::Shown;
 use crate::observe::logging;
+use crate::observe::metrics::Server;
 use crate::observe::systemd::Systemd;
 use crate::prune;
 use crate::stop::{self, Stop, Stopper};
@@ -134,13 +135,17 @@ impl<'a> Fleet<'a> {
         );
         let (stopper, stop) = stop::pair();
         let (name, consumer) = (consumer.name.clone(), Arc::new(consumer));
+        let signs = self.shown.signs(&name);
+        if self.config.redis.is_none() {
+            self.shown.metrics.without(&name, Server::Redis);
+        }
         let runner = Runner {
             config: self.config.clone(),
             consumer: Arc::clone(&consumer),
             makers: self.makers.clone(),
             host: self.host.clone(),
             stop,
-            signs: self.shown.signs(&name),
+            signs,
         };
         let (ended, own_name) = (self.ended.clone(), name.clone());
         let thread = std::thread::Builder::new()

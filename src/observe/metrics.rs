@@ -4,9 +4,11 @@
 //! A [`Meter`] is what one consumer counts on; [`Metrics::text`] is what
 //! Prometheus reads.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
@@ -326,6 +328,32 @@ impl Metrics {
         }
     }
 
+    /// `consumer` does without `server`: there is nothing to be said of it.
+    pub fn without(&self, consumer: &str, server: Server) {
+        let labels = [consumer, server.as_str()];
+        // Not there is as good as taken away.
+        self.server_up.remove_label_values(&labels).ok();
+        self.reconnects.remove_label_values(&labels).ok();
+    }
+
+    /// The values that a family of counters or gauges has for `consumer`, by
+    /// the value of its other label; by nothing if it has none.
+    #[must_use]
+    pub fn values(&self, family: &str, consumer: &str, label: &str) -> BTreeMap<String, u64> {
+        let families = self.registry.gather();
+        let family = families.iter().find(|f| f.name() == full(family));
+        let mut values = BTreeMap::new();
+        for metric in family.map(MetricFamily::get_metric).unwrap_or_default() {
+            let of = |name: &str| metric.get_label().iter().find(|pair| pair.name() == name);
+            if of("consumer").is_some_and(|pair| pair.value() == consumer) {
+                let key = of(label).map(|pair| pair.value().to_owned());
+                let value = metric.get_counter().get_value() + metric.get_gauge().get_value();
+                values.insert(key.unwrap_or_default(), whole(value));
+            }
+        }
+        values
+    }
+
     /// Everything, in the text format.
     ///
     /// # Errors
@@ -362,6 +390,15 @@ impl Families<'_> {
 
 fn full(name: &str) -> String {
     format!("ackonce_{name}")
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "it was a count"
+)]
+fn whole(value: f64) -> u64 {
+    value.max(0.0) as u64
 }
 
 /// What became of a delivery.
