@@ -33,16 +33,16 @@ journal() {
 
 # said PATTERN: whether the journal has such a line since the mark.
 said() {
-    journal --after-cursor="$mark" | grep --quiet --extended-regexp -- "$1"
+    journal --since="$mark" | grep --quiet --extended-regexp -- "$1"
 }
 
 set_mark() {
-    mark=$(inside journalctl --quiet --no-pager --lines=1 --show-cursor --output=cat | sed -n 's/^-- cursor: //p')
+    mark=@$(date +%s.%6N)
 }
 
 # starts: how often systemd began to start it since the mark.
 starts() {
-    journal --after-cursor="$mark" | grep --count "^Starting $unit"
+    journal --since="$mark" | grep --count "^Starting $unit"
 }
 
 sql() {
@@ -65,13 +65,13 @@ is_empty() {
 # orders FROM TO: publishes so many, by way of the installed program.
 orders() {
     seq --format='{"message_id":"order-%g","body":{"customer":"ada","amount_cents":1250}}' "$1" "$2" |
-        inside ackonce publish --exchange shop --routing-key order.placed --file - >"$scratch/publish.log" 2>&1 ||
+        inside ackonce publish --config /root/config.toml --exchange shop --routing-key order.placed --file - >"$scratch/publish.log" 2>&1 ||
         fail "ackonce publish failed: $(cat "$scratch/publish.log")"
 }
 
 # slow ID SECONDS: a message whose handler takes so long.
 slow() {
-    inside ackonce publish --queue slow --message-id "$1" "$2" >"$scratch/publish.log" 2>&1 ||
+    inside ackonce publish --config /root/config.toml --queue slow --message-id "$1" --body "$2" >"$scratch/publish.log" 2>&1 ||
         fail "ackonce publish failed: $(cat "$scratch/publish.log")"
 }
 
@@ -123,6 +123,8 @@ name = "calls"
 type = "http"
 url = "http://127.0.0.1:$receiver_port/"
 CONFIG
+    # For those who publish while the daemon's own is broken.
+    inside cp /etc/ackonce/config.toml /root/
     # The rule that also holds after each boot: 0640 root:ackonce.
     inside systemd-tmpfiles --create ackonce.conf
     sql 'SET client_min_messages = error; CREATE TABLE IF NOT EXISTS orders
@@ -166,7 +168,7 @@ test_installs() {
     same "$(inside stat --format='%a %U:%G' "$credentials")" "700 root:root" "the credentials"
     same "$(inside systemctl is-enabled "$unit" || true)" disabled "the service"
     same "$(property ActiveState)" inactive "the service"
-    output=$(inside systemd-analyze verify "$unit" ackonce@x.service 2>&1) || fail "systemd-analyze verify: $output"
+    output=$(inside systemd-analyze verify --man=no "$unit" ackonce@x.service 2>&1) || fail "systemd-analyze verify: $output"
     same "$output" "" "systemd-analyze verify"
     inside systemd-analyze security --no-pager --offline=true --threshold=11 "/usr/lib/systemd/system/$unit" \
         >"$scratch/security.log" 2>&1 || fail "the exposure is above 1.1: $(tail -n 1 "$scratch/security.log")"
@@ -180,7 +182,7 @@ test_unconfigured() {
     same "$(property ExecMainStatus)" 78 "the exit status"
     sleep 12
     same "$(starts) $(property NRestarts)" "1 0" "starts and restarts in 12 s"
-    has "$(journal --after-cursor="$mark")" 'consumer' "what it says"
+    has "$(journal --since="$mark")" 'consumer' "what it says"
     inside systemctl reset-failed "$unit"
     ok "as it comes it ends with 78, once, and names what is missing"
 }
@@ -196,8 +198,8 @@ test_consumes() {
     eventually 30 "the queue is empty" is_empty orders
     same "$(sql 'SELECT count(DISTINCT message_id) FROM orders')" 2000 "different orders"
     slow quick-1 0
-    eventually 20 "the program ran" inside grep --quiet --line-regexp quick-1 /var/lib/ackonce/slow
-    inside ackonce publish --queue calls --message-id call-1 '{}' >/dev/null 2>&1
+    eventually 20 "the program ran" inside grep --quiet --no-messages --line-regexp quick-1 /var/lib/ackonce/slow
+    inside ackonce publish --config /root/config.toml --queue calls --message-id call-1 --body "{}" >/dev/null 2>&1
     eventually 20 "the receiver was called" called call-1
     # The journal keeps the priority apart from the text.
     same "$(journal | grep --count '^<[0-9]>' || true)" 0 "lines with a raw priority"
@@ -223,7 +225,8 @@ test_restricted() {
     has "$status" '^CapBnd:[[:space:]]0+$' "no capabilities"
     same "$(inside ps -o user= -p "$pid")" ackonce "its user"
     same "$(inside cat "/proc/$pid/limits" | awk '/^Max core file size/ {print $5, $6}')" "0 0" "core files"
-    same "$(inside stat --format=%a /run/credentials/$unit/amqp)" 440 "its copy of a credential"
+    # By its owner or, where the file system can, by an access list.
+    has "$(inside stat --format=%a "/run/credentials/$unit/amqp")" '^4[04]0$' "its copy of a credential"
     ! inside runuser -u ackonce -- cat "$credentials/amqp" 2>/dev/null || fail "the user reads the credentials"
     same "$(inside cat "/proc/$pid/cmdline" "/proc/$pid/environ" | grep --count --text 'amqp://' || true)" 0 "URLs in its environment"
     ok "as ackonce with no capability, no new privileges, a filter of system calls, no core files"
@@ -260,12 +263,16 @@ has_applied_up_to() {
     [[ $(sql "SELECT count(*) FROM orders WHERE message_id = '$1'") == 1 ]]
 }
 
+program_runs() {
+    inside pgrep --exact --uid ackonce sleep >/dev/null
+}
+
 test_drains() {
     runs
     quick
     inside systemctl restart "$unit"
     slow drained 9
-    eventually 20 "the program runs" inside pgrep --exact --uid ackonce sleep
+    eventually 20 "the program runs" program_runs
     local began=$SECONDS
     set_mark
     inside systemctl stop "$unit" || fail "stopping failed"
@@ -304,7 +311,7 @@ test_killed() {
     inside systemctl restart "$unit"
     local pid program before
     slow killed 60
-    eventually 20 "the program runs" inside pgrep --exact --uid ackonce sleep
+    eventually 20 "the program runs" program_runs
     program=$(inside pgrep --exact --uid ackonce sleep)
     pid=$(property MainPID)
     before=$(property NRestarts)
@@ -378,8 +385,8 @@ CONFIG
     inside systemd-tmpfiles --create ackonce.conf
     same "$(inside stat --format='%a %U:%G' /etc/ackonce/second.toml)" "640 root:ackonce" "its configuration"
     inside systemctl start ackonce@second.service || fail "the instance does not start"
-    inside ackonce publish --queue second --message-id one two >/dev/null 2>&1
-    eventually 20 "the instance works" inside grep --quiet two /var/lib/ackonce/second/got
+    inside ackonce publish --config /root/config.toml --queue second --message-id one --body two >/dev/null 2>&1
+    eventually 20 "the instance works" inside grep --quiet --no-messages two /var/lib/ackonce/second/got
     same "$(property ActiveState) $(property ActiveState ackonce@second.service)" "active active" "both"
     ok "ackonce@second has its own configuration, credentials and folder beside ackonce"
 }
