@@ -35,7 +35,10 @@ fn assert_refused(world: &World, daemon: &Daemon, text: &str, why: &[&str]) {
         daemon.count_logged(&["reload refused"]) > times
     });
     let log = daemon.log();
-    let line = log.iter().rev().find(|line| line.contains("reload refused"));
+    let line = log
+        .iter()
+        .rev()
+        .find(|line| line.contains("reload refused"));
     let line = line.unwrap();
     for part in why {
         assert!(line.contains(part), "{part}: {line}");
@@ -79,15 +82,23 @@ fn a_configuration_that_ackonce_check_would_not_pass_is_refused_and_the_old_one_
     let daemon = world.run(&good);
 
     assert_refused(&world, &daemon, "this is no TOML", &["not TOML"]);
-    let unknown = good.clone().set("broker.urll", "amqp://canary:secret@nowhere");
+    let unknown = good
+        .clone()
+        .set("broker.urll", "amqp://canary:secret@nowhere");
     assert_refused(&world, &daemon, &unknown.text(), &["urll"]);
-    let no_server = good.clone().set("postgres.url", "postgres://canary:secret@127.0.0.1:1/none");
+    let no_server = good
+        .clone()
+        .set("postgres.url", "postgres://canary:secret@127.0.0.1:1/none");
     assert_refused(&world, &daemon, &no_server.text(), &["PostgreSQL"]);
     let other_type = Consumer::orders().set("topology.queue_type", "classic");
     let other_type = world.config().consumer(other_type);
     assert_refused(&world, &daemon, &other_type.text(), &["x-queue-type"]);
     let no_file = Consumer::orders().set("handler.file", "nowhere.sql");
-    let no_file = world.config().consumer(no_file).text().replace("sql = ", "# sql = ");
+    let no_file = world
+        .config()
+        .consumer(no_file)
+        .text()
+        .replace("sql = ", "# sql = ");
     assert_refused(&world, &daemon, &no_file, &["nowhere.sql"]);
     std::fs::remove_file(daemon.config_path()).unwrap();
     std::fs::create_dir(daemon.config_path()).unwrap();
@@ -105,7 +116,9 @@ fn consumers_come_and_go_with_a_reload_and_their_metrics_with_them() {
     let daemon = world.run(&world.orders());
     let with = world.orders().consumer(Consumer::new(PARCELS));
     daemon.reload(&with.text());
-    eventually("the new one consumes", || daemon.times_consuming(PARCELS) == 1);
+    eventually("the new one consumes", || {
+        daemon.times_consuming(PARCELS) == 1
+    });
     assert!(daemon.logged(&["reloaded: consumer.parcels: added"]));
     assert_eq!(daemon.times_consuming(ORDERS), 1);
     world.broker.send(PARCELS, [Msg::new("p")]);
@@ -122,7 +135,9 @@ fn consumers_come_and_go_with_a_reload_and_their_metrics_with_them() {
         status(r#""consumer":"parcels""#) && !status(r#""consumer":"orders""#)
     });
     world.broker.send(ORDERS, [Msg::new("o")]);
-    eventually("nobody consumes its queue", || world.broker.ready(ORDERS) == 1);
+    eventually("nobody consumes its queue", || {
+        world.broker.ready(ORDERS) == 1
+    });
     assert!(daemon.logged(&["reloaded: consumer.orders: removed"]));
     daemon.stop();
 }
@@ -144,7 +159,9 @@ fn a_reload_that_changes_nothing_restarts_nothing_and_a_server_restarts_all() {
     let config = config.set("postgres.url", url).set("log.format", "json");
     daemon.reload(&config.text());
     for name in [ORDERS, PARCELS] {
-        eventually("both restart", || daemon.count_logged(&["consuming", name]) == 2);
+        eventually("both restart", || {
+            daemon.count_logged(&["consuming", name]) == 2
+        });
     }
     assert!(daemon.logged(&["postgres.url: changed", "log.format"]));
     assert!(!daemon.logged(&["application_name"]));
@@ -179,7 +196,10 @@ fn many_reloads_at_once_are_few_and_a_stop_in_the_middle_of_one_is_heeded() {
     let status = daemon.wait();
     assert_eq!(status.code(), Some(0), "{status}");
     assert!(daemon.count_logged(&["told to reload"]) < 40);
-    assert!(world.db.effect_count() < SENT as i64, "it was in the middle");
+    assert!(
+        world.db.effect_count() < SENT as i64,
+        "it was in the middle"
+    );
     world.drain(&slow(4), ORDERS);
     world.assert_each_applied_once(&numbered_ids("m", SENT));
 }

@@ -30,8 +30,11 @@ fn a_daemon_at_work_is_shown_as_a_table_and_as_json() {
     world.broker.send(ORDERS, twice.chain([bad]));
     eventually("all is counted", || {
         let messages = &json(&daemon)["consumers"][0]["messages"];
-        [&messages["applied"], &messages["duplicate"], &messages["dead-lettered"]]
-            == [30, 10, 1]
+        [
+            &messages["applied"],
+            &messages["duplicate"],
+            &messages["dead-lettered"],
+        ] == [30, 10, 1]
     });
     let shown = json(&daemon);
     assert_eq!(shown["pid"], daemon.pid());
@@ -78,7 +81,11 @@ fn without_a_daemon_or_an_address_it_says_so() {
     let off = world.orders().set("admin.enabled", false);
     let off = world.write("off.toml", &off.text());
     for (options, code, said) in [
-        (vec!["--address", "127.0.0.1:1"], 69, "no daemon answers at 127.0.0.1:1"),
+        (
+            vec!["--address", "127.0.0.1:1"],
+            69,
+            "no daemon answers at 127.0.0.1:1",
+        ),
         (vec!["--config", port_0.to_str().unwrap()], 78, "--address"),
         (vec!["--config", off.to_str().unwrap()], 78, "switched off"),
         (vec!["--address", "nonsense"], 2, "nonsense"),
@@ -112,7 +119,9 @@ fn watching_goes_on_through_a_restart_until_it_is_told_to_stop() {
         .unwrap();
     let seen = |pid: u32| {
         let text = std::fs::read_to_string(&out).unwrap();
-        let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let mut lines = text
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
         lines.any(|line| line["pid"] == pid)
     };
     for _ in 0..2 {
@@ -120,7 +129,11 @@ fn watching_goes_on_through_a_restart_until_it_is_told_to_stop() {
         eventually("it is seen", || seen(daemon.pid()));
         daemon.stop();
     }
-    kill(Pid::from_raw(i32::try_from(watcher.id()).unwrap()), Signal::SIGINT).unwrap();
+    kill(
+        Pid::from_raw(i32::try_from(watcher.id()).unwrap()),
+        Signal::SIGINT,
+    )
+    .unwrap();
     let ended = watcher.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(0));
 }
