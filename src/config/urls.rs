@@ -19,14 +19,39 @@ pub(super) fn check_amqp(text: &str) -> Result<(), Complaint> {
             "the path is the vhost; write a slash in it as %2f, as in amqp://HOST/%2f",
         ));
     }
-    let decodable = |part: &str| percent_decode_str(part).decode_utf8().is_ok();
-    if !decodable(url.path()) || !decodable(url.username()) {
+    if url.path().contains('@') {
+        return Err(Complaint::new(
+            "has an `@` after its host",
+            "write / and @ in a user name, a password or a vhost as %2F and %40",
+        ));
+    }
+    if url.port() == Some(0) {
+        return Err(Complaint::new("has the port 0", EXAMPLE));
+    }
+    let vhost = url.path().trim_start_matches('/');
+    let host = url.host_str().unwrap_or_default();
+    let password = url.password().unwrap_or_default();
+    for part in [vhost, host, url.username(), password] {
+        check_part(part)?;
+    }
+    refuse_amqp_parameters(&url)
+}
+
+/// A part of an AMQP URL: the connection takes no other.
+fn check_part(part: &str) -> Result<(), Complaint> {
+    let Ok(text) = percent_decode_str(part).decode_utf8() else {
         return Err(Complaint::new(
             "has a %-sequence that is not UTF-8",
             "encode special characters as UTF-8, as in %C3%A9 for é",
         ));
+    };
+    if text.len() > defaults::AMQP_NAME_MAX || text.contains('\0') {
+        return Err(Complaint::new(
+            "has a part that no broker can be sent",
+            "user name, password, host and vhost have at most 255 bytes each, and no NUL",
+        ));
     }
-    refuse_amqp_parameters(&url)
+    Ok(())
 }
 
 fn refuse_amqp_parameters(url: &Url) -> Result<(), Complaint> {
@@ -252,6 +277,22 @@ mod tests {
         let cases: &[(Check, &str, &str)] = &[
             (check_amqp, "", "is empty"),
             (check_amqp, "hunter2", "does not begin with amqp://"),
+            (
+                check_amqp,
+                "amqp://u:12/hunter2@h",
+                "has an `@` after its host",
+            ),
+            (check_amqp, "amqp://u:hunter2@h:0", "has the port 0"),
+            (
+                check_amqp,
+                "amqp://u:hunter2%ff@h",
+                "has a %-sequence that is not",
+            ),
+            (
+                check_amqp,
+                "amqp://u:hunter2%00@h",
+                "has a part that no broker",
+            ),
             (
                 check_amqp,
                 "http://u:hunter2@h",
