@@ -293,16 +293,14 @@ fn redis(config: &checked::Config, findings: &mut Findings) {
     let info = match claim::inspect(redis) {
         Ok(info) => info,
         Err(error) => {
-            let severity = match error.to_string().to_ascii_uppercase() {
-                text if text.contains("NOPERM")
-                    || text.contains("NOAUTH")
-                    || text.contains("AUTH") =>
-                {
-                    Severity::Denied
-                }
-                _ => Severity::Unreachable,
+            let text = error.to_string();
+            // Redis's own words, in the case it writes them in.
+            let denied = ["NOPERM", "NOAUTH", "WRONGPASS", "AuthenticationFailed"];
+            let severity = match denied.iter().any(|word| text.contains(word)) {
+                true => Severity::Denied,
+                false => Severity::Unreachable,
             };
-            return findings.add("Redis", severity, error.to_string());
+            return findings.add("Redis", severity, text);
         }
     };
     let major = info.version.split('.').next().and_then(|n| n.parse().ok());
@@ -404,7 +402,7 @@ fn broker_severity(error: &crate::broker::error::ConnectError) -> Severity {
     use crate::broker::error::ConnectError;
     match error {
         ConnectError::LoginRefused { .. } | ConnectError::Vhost { .. } => Severity::Denied,
-        ConnectError::Address(_) => Severity::Wrong,
+        ConnectError::Address(_) | ConnectError::Trust(_) => Severity::Wrong,
         _ => Severity::Unreachable,
     }
 }
