@@ -294,9 +294,15 @@ fn redis(config: &checked::Config, findings: &mut Findings) {
         Ok(info) => info,
         Err(error) => {
             let text = error.to_string();
-            // Redis's own words, in the case it writes them in.
-            let denied = ["NOPERM", "NOAUTH", "WRONGPASS", "AuthenticationFailed"];
-            let severity = match denied.iter().any(|word| text.contains(word)) {
+            // Redis's own words, the last ones about a command in a script.
+            let denied = [
+                "NOPERM",
+                "NOAUTH",
+                "WRONGPASS",
+                "AuthenticationFailed",
+                "can't run this command",
+            ];
+            let severity = match denied.iter().any(|words| text.contains(words)) {
                 true => Severity::Denied,
                 false => Severity::Unreachable,
             };
