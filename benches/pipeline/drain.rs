@@ -57,8 +57,15 @@ pub fn drain(
     load.publish(&settings.amqp, &settings.queue)?;
     let mut subject = Subject::spawn(kind, settings, stage.folder())?;
     let samples = watch(stage, &mut subject, &settings.queue, load.len())?;
-    if kind.has_effects() {
-        await_effects(database, &mut subject, load.distinct())?;
+    match kind {
+        // A call that waits for its receiver uses no processor either.
+        Kind::Caller { .. } => {
+            await_rows(database, &mut subject, "ackonce.ledger", load.distinct())?;
+        }
+        _ if kind.has_effects() => {
+            await_rows(database, &mut subject, "effect", load.distinct())?;
+        }
+        _ => {}
     }
     finish(
         stage,
@@ -134,19 +141,24 @@ fn watch(
     }
 }
 
-/// Waits until the database holds `count` effects.
-pub fn await_effects(database: &mut Database, subject: &mut Subject, count: usize) -> Result<()> {
+/// Waits until `table` holds `count` rows.
+pub fn await_rows(
+    database: &mut Database,
+    subject: &mut Subject,
+    table: &str,
+    count: usize,
+) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let count = i64::try_from(count)?;
     loop {
-        let effects = database.number("SELECT count(*) FROM effect")?;
-        if effects >= count {
+        let rows = database.number(&format!("SELECT count(*) FROM {table}"))?;
+        if rows >= count {
             return Ok(());
         }
         subject.ensure_alive()?;
         ensure!(
             Instant::now() < deadline,
-            "{effects} effects after {PATIENCE:?} where {count} are due\n{}",
+            "{rows} rows of {table} after {PATIENCE:?} where {count} are due\n{}",
             subject.log()
         );
         std::thread::sleep(Duration::from_millis(5));

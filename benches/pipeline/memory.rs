@@ -110,7 +110,7 @@ fn held(
     subject.await_idle()?;
     let now = subject.memory("VmRSS")?;
     holder.execute("COMMIT")?;
-    drain::await_effects(database, &mut subject, load.distinct())?;
+    drain::await_rows(database, &mut subject, "effect", load.distinct())?;
     subject.await_idle()?;
     let peak = subject.memory("VmHWM")?;
     let after = subject.memory("VmRSS")?;

@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a consumer is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,19 +112,19 @@ pub struct Health {
 }
 
 /// What is to be said of one consumer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Its name.
     pub consumer: String,
     /// `starting`, `connecting`, `consuming`, `paused` or `stopping`.
-    pub state: &'static str,
+    pub state: String,
     /// Why it does not consume.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
     /// Deliveries handed over and not settled.
     pub in_flight: usize,
     /// Why it counts as dead.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stalled: Option<String>,
 }
 
@@ -163,12 +163,21 @@ impl Health {
         }
     }
 
-    /// The pulse of one more consumer.
+    /// The pulse of one more consumer, in place of an older one of that name.
     #[must_use]
     pub fn pulse(&self, consumer: &str) -> Arc<Pulse> {
         let pulse = Arc::new(Pulse::new(consumer, Instant::now()));
-        self.lock().push(Arc::clone(&pulse));
+        let mut pulses = self.lock();
+        match pulses.iter_mut().find(|old| old.consumer == consumer) {
+            Some(old) => *old = Arc::clone(&pulse),
+            None => pulses.push(Arc::clone(&pulse)),
+        }
         pulse
+    }
+
+    /// A consumer that is no more is neither well nor ill.
+    pub fn forget(&self, consumer: &str) {
+        self.lock().retain(|pulse| pulse.consumer != consumer);
     }
 
     /// How each consumer is.
@@ -210,7 +219,7 @@ fn report(pulse: &Pulse, stall_after: Duration, now: Instant) -> Report {
     };
     Report {
         consumer: pulse.consumer.clone(),
-        state: name,
+        state: name.to_owned(),
         cause,
         in_flight: state.in_flight,
         stalled,
@@ -247,6 +256,21 @@ mod tests {
         assert!(after(&pulse, 20 * STALL).is_ready());
         let late = after(&pulse, Duration::from_secs(3600) + 2 * GRACE);
         assert!(!late.is_alive() && !late.is_ready(), "{late}");
+    }
+
+    #[test]
+    fn a_consumer_has_one_pulse_the_newest_until_it_is_forgotten() {
+        let health = Health::new(STALL);
+        let old = health.pulse("orders");
+        let _other = health.pulse("bills");
+        let new = health.pulse("orders");
+        old.stopping();
+        new.consuming();
+        let states: Vec<String> = health.reports().iter().map(Report::to_string).collect();
+        assert_eq!(states, ["orders: consuming", "bills: starting"]);
+        health.forget("orders");
+        let left: Vec<String> = health.reports().into_iter().map(|r| r.consumer).collect();
+        assert_eq!(left, ["bills"]);
     }
 
     #[test]

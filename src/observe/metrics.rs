@@ -4,9 +4,11 @@
 //! A [`Meter`] is what one consumer counts on; [`Metrics::text`] is what
 //! Prometheus reads.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Error, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
@@ -284,6 +286,74 @@ impl Metrics {
         })
     }
 
+    /// Removes every series of a consumer that is no more. What its last
+    /// threads still count is seen by nobody; another consumer of that name
+    /// begins at zero.
+    pub fn forget(&self, consumer: &str) {
+        let counters = [
+            &self.received,
+            &self.redelivered,
+            &self.conflicts,
+            &self.claims_lost,
+            &self.panics,
+        ];
+        // A series that is not there is as good as one that is removed.
+        for family in counters {
+            family.remove_label_values(&[consumer]).ok();
+        }
+        for family in [&self.in_flight, &self.parked, &self.consuming] {
+            family.remove_label_values(&[consumer]).ok();
+        }
+        for family in [&self.batch, &self.handling, &self.settling, &self.age] {
+            family.remove_label_values(&[consumer]).ok();
+        }
+        let by = |family: &IntCounterVec, values: &[&str]| {
+            for value in values {
+                family.remove_label_values(&[consumer, value]).ok();
+            }
+        };
+        by(&self.settled, &Outcome::ALL.map(Outcome::as_str));
+        by(&self.duplicates, &FoundIn::ALL.map(FoundIn::as_str));
+        by(&self.failures, &Class::ALL.map(Class::as_str));
+        by(&self.dead_letters, &DeadReason::ALL.map(DeadReason::as_str));
+        by(&self.reconnects, &Server::ALL.map(Server::as_str));
+        by(&self.pauses, &PauseCause::ALL.map(PauseCause::as_str));
+        for cause in PauseCause::ALL {
+            let labels = [consumer, cause.as_str()];
+            self.paused.remove_label_values(&labels).ok();
+        }
+        for server in Server::ALL {
+            let labels = [consumer, server.as_str()];
+            self.server_up.remove_label_values(&labels).ok();
+        }
+    }
+
+    /// `consumer` does without `server`: there is nothing to be said of it.
+    pub fn without(&self, consumer: &str, server: Server) {
+        let labels = [consumer, server.as_str()];
+        // Not there is as good as taken away.
+        self.server_up.remove_label_values(&labels).ok();
+        self.reconnects.remove_label_values(&labels).ok();
+    }
+
+    /// The values that a family of counters or gauges has for `consumer`, by
+    /// the value of its other label; by nothing if it has none.
+    #[must_use]
+    pub fn values(&self, family: &str, consumer: &str, label: &str) -> BTreeMap<String, u64> {
+        let families = self.registry.gather();
+        let family = families.iter().find(|f| f.name() == full(family));
+        let mut values = BTreeMap::new();
+        for metric in family.map(MetricFamily::get_metric).unwrap_or_default() {
+            let of = |name: &str| metric.get_label().iter().find(|pair| pair.name() == name);
+            if of("consumer").is_some_and(|pair| pair.value() == consumer) {
+                let key = of(label).map(|pair| pair.value().to_owned());
+                let value = metric.get_counter().get_value() + metric.get_gauge().get_value();
+                values.insert(key.unwrap_or_default(), whole(value));
+            }
+        }
+        values
+    }
+
     /// Everything, in the text format.
     ///
     /// # Errors
@@ -320,6 +390,15 @@ impl Families<'_> {
 
 fn full(name: &str) -> String {
     format!("ackonce_{name}")
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "it was a count"
+)]
+fn whole(value: f64) -> u64 {
+    value.max(0.0) as u64
 }
 
 /// What became of a delivery.
@@ -499,4 +578,29 @@ impl Meter {
 #[expect(clippy::cast_precision_loss, reason = "a batch has at most 4,096")]
 fn count(messages: usize) -> f64 {
     messages as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_consumer_that_is_forgotten_leaves_no_series_behind() {
+        let metrics = Metrics::new().unwrap();
+        let before = metrics.text().unwrap();
+        let kept = metrics.meter("bills");
+        let alone = metrics.text().unwrap();
+        let meter = metrics.meter("orders");
+        meter.received(false);
+        meter.took(3);
+        metrics.forget("orders");
+        assert_eq!(metrics.text().unwrap(), alone);
+        // Its last threads may still count.
+        meter.received(false);
+        drop(kept);
+        metrics.forget("bills");
+        assert_eq!(metrics.text().unwrap(), before);
+        let _again = metrics.meter("bills");
+        assert_eq!(metrics.text().unwrap(), alone);
+    }
 }
