@@ -17,6 +17,7 @@ use crate::handler::sql::SqlHandler;
 use crate::ledger::{self, Schema};
 use crate::postgres::{Error, Session};
 use crate::prune;
+use crate::trust;
 
 /// Oldest PostgreSQL that reads a range of pages by `ctid` alone, which pruning
 /// needs, in libpq's form.
@@ -290,6 +291,9 @@ fn redis(config: &checked::Config, findings: &mut Findings) {
             "not used: the ledger alone decides",
         );
     };
+    if let Err(error) = trust::check_files(&redis.tls) {
+        return findings.add("Redis", Severity::Wrong, error.to_string());
+    }
     let info = match claim::inspect(redis) {
         Ok(info) => info,
         Err(error) => {

@@ -71,6 +71,18 @@ pub fn client(tls: &Tls) -> Result<ClientConfig, SetupError> {
     Ok(config)
 }
 
+/// Whether the files that `tls` names, if any, are of use.
+///
+/// # Errors
+///
+/// [`SetupError`], as [`client`].
+pub fn check_files(tls: &Tls) -> Result<(), SetupError> {
+    if *tls == Tls::default() {
+        return Ok(());
+    }
+    client(tls).map(drop)
+}
+
 /// The files of a [`Tls`] in PEM, for libraries that want them so. That they
 /// are of use was checked.
 #[derive(Default)]

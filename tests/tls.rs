@@ -54,11 +54,19 @@ enum Secured {
 }
 
 impl Secured {
-    fn start(link: Link, leaf: &Leaf, clients: Option<&Authority>) -> Self {
+    /// With a world that is in order but for its URL of `link`.
+    fn start(link: Link, leaf: &Leaf, clients: Option<&Authority>) -> (Self, World) {
         match link {
-            Link::Broker => Self::Broker(TlsListener::open(leaf, clients)),
-            Link::Redis => Self::Redis(RedisServer::start_tls(leaf, clients)),
-            Link::Postgres => Self::Postgres(PostgresServer::start_tls(leaf, clients)),
+            Link::Broker => (Self::Broker(TlsListener::open(leaf, clients)), World::new()),
+            Link::Redis => (
+                Self::Redis(RedisServer::start_tls(leaf, clients)),
+                World::new(),
+            ),
+            Link::Postgres => {
+                let postgres = PostgresServer::start_tls(leaf, clients);
+                let world = World::with_postgres(&in_plain_text(&postgres));
+                (Self::Postgres(postgres), world)
+            }
         }
     }
 
@@ -66,9 +74,16 @@ impl Secured {
         match self {
             Self::Broker(listener) => listener.url(world.amqp_url(), HOST),
             Self::Redis(redis) => redis.tls_url(HOST),
-            Self::Postgres(postgres) => postgres.url(),
+            Self::Postgres(_) => world.postgres_url().replace(PLAIN_TEXT, ""),
         }
     }
+}
+
+const PLAIN_TEXT: &str = "?sslmode=disable";
+
+/// How the test itself looks into a database.
+fn in_plain_text(postgres: &PostgresServer) -> String {
+    postgres.url() + PLAIN_TEXT
 }
 
 fn ackonce(world: &World, config: &Config, arguments: &[&str]) -> Output {
@@ -115,14 +130,13 @@ enum Fault {
 /// A server with that fault is named by `check` with its fault, and is not
 /// talked to.
 fn is_refused(link: Link, fault: Fault) {
-    let world = World::new();
     let (ours, other) = (Authority::new("ours"), Authority::new("other"));
     let (names, days, trusted, says) = match fault {
         Fault::Authority => (GOOD_NAMES, 1, &other, "not signed by a trusted authority"),
         Fault::Host => ("DNS:elsewhere.example", 1, &ours, "for another host name"),
         Fault::Expired => (GOOD_NAMES, -1, &ours, "has expired"),
     };
-    let server = Secured::start(link, &ours.issue_files(names, days), None);
+    let (server, world) = Secured::start(link, &ours.issue_files(names, days), None);
     let section = link.section();
     let config = world
         .orders()
@@ -206,10 +220,9 @@ fn shows(config: Config, link: Link, leaf: &Leaf) -> Config {
 /// A server that wants a certificate says so, is not content with another
 /// authority's, and lets ours in.
 fn wants_a_client_certificate(link: Link, status: i32, says: &str) {
-    let world = World::new();
     let (ours, other) = (Authority::new("ours"), Authority::new("other"));
     let leaf = ours.issue_files(GOOD_NAMES, 1);
-    let server = Secured::start(link, &leaf, Some(&ours));
+    let (server, world) = Secured::start(link, &leaf, Some(&ours));
     let section = link.section();
     let config = world
         .orders()
@@ -254,10 +267,10 @@ fn a_daemon_works_over_tls_with_client_certificates_on_all_three_links() {
     let ours = Authority::new("ours");
     let leaf = ours.issue_files(GOOD_NAMES, 1);
     let postgres = PostgresServer::start_tls(&leaf, Some(&ours));
-    let world = World::with_postgres(&format!("{}?sslmode=disable", postgres.url()));
+    let world = World::with_postgres(&in_plain_text(&postgres));
     let redis = RedisServer::start_tls(&leaf, Some(&ours));
     let broker = TlsListener::open(&leaf, Some(&ours));
-    let database = world.postgres_url().replace("?sslmode=disable", "");
+    let database = world.postgres_url().replace(PLAIN_TEXT, "");
     let mut config = world
         .orders()
         .set("broker.url", broker.url(world.amqp_url(), HOST))
@@ -316,10 +329,7 @@ fn a_url_that_goes_to_another_machine_in_plain_text_is_refused_unless_it_is_allo
 fn files_that_are_of_no_use_are_named_before_anything_starts() {
     let world = World::new();
     let authority = Authority::new("ours");
-    let (leaf, other) = (
-        authority.issue_files(GOOD_NAMES, 1),
-        authority.issue_files(GOOD_NAMES, 1),
-    );
+    let leaf = authority.issue_files(GOOD_NAMES, 1);
     let config = world
         .orders()
         .set("broker.url", "amqps://127.0.0.1:1/v")
@@ -344,20 +354,36 @@ fn files_that_are_of_no_use_are_named_before_anything_starts() {
         "locked.pem",
         "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMA==\n-----END ENCRYPTED PRIVATE KEY-----\n",
     );
-    let encrypted = config
-        .clone()
-        .set("broker.client_key_file", locked.to_str().unwrap());
+    let encrypted = config.set("broker.client_key_file", locked.to_str().unwrap());
     let output = ackonce(&world, &encrypted, &["check", "--offline"]);
     assert_said(&output, BAD_CONFIG, &["needs a pass phrase"]);
+}
 
-    // What only the TLS library can tell is told when it connects.
-    let listener = TlsListener::open(&leaf, None);
-    let mixed = config
-        .set("broker.url", listener.url(world.amqp_url(), HOST))
-        .set("broker.client_key_file", other.key().to_str().unwrap())
-        .set("broker.ca_file", authority.file().to_str().unwrap());
+/// What only the TLS library can tell is told when it connects.
+fn needs_a_pair(link: Link) {
+    let ours = Authority::new("ours");
+    let leaf = ours.issue_files(GOOD_NAMES, 1);
+    let (server, world) = Secured::start(link, &leaf, None);
+    let section = link.section();
+    let config = world
+        .orders()
+        .set(&format!("{section}.url"), server.url(&world))
+        .set(&format!("{section}.ca_file"), ours.file().to_str().unwrap());
+    let other = ours.issue_files(GOOD_NAMES, 1);
+    let mixed = shows(config, link, &leaf).set(
+        &format!("{section}.client_key_file"),
+        other.key().to_str().unwrap(),
+    );
     let output = ackonce(&world, &mixed, &["check"]);
     assert_said(&output, BAD_CONFIG, &["does it belong to the key in"]);
+    only_error(&output, link);
+}
+
+#[test]
+fn a_certificate_with_anothers_key_is_named_whoever_it_is_for() {
+    for link in [Link::Broker, Link::Redis, Link::Postgres] {
+        needs_a_pair(link);
+    }
 }
 
 #[test]
