@@ -13,6 +13,7 @@ use common::program::write_program;
 use common::{
     Config, Consumer, Daemon, Msg, ORDERS, PostgresServer, RedisServer, World, eventually,
 };
+use nix::sys::signal::Signal;
 use serde_json::json;
 use url::Url;
 
@@ -109,7 +110,8 @@ impl Guarded {
     fn daemon(&self, config: &Config) -> Daemon {
         let path = self.world.write("loud.toml", &config.text());
         let mut program = Command::new("/usr/bin/env");
-        let loud = ["RUST_LOG=trace", BINARY, "run", "--config"];
+        let password = format!("ACKONCE_CANARY={}", self.canaries.password);
+        let loud = ["RUST_LOG=trace", &password, BINARY, "run", "--config"];
         program.args(loud).arg(path);
         self.world.daemon(config).program(program).start()
     }
@@ -117,16 +119,7 @@ impl Guarded {
 
 /// What the admin address of `daemon` answers at `path`.
 fn admin(daemon: &Daemon, path: &str) -> String {
-    let line = daemon
-        .log()
-        .into_iter()
-        .find(|line| line.contains("serving metrics and health"))
-        .expect("the admin address is logged");
-    let address = line
-        .split_whitespace()
-        .find_map(|word| word.split('=').nth(1)?.parse::<std::net::SocketAddr>().ok())
-        .expect("an address");
-    let mut stream = TcpStream::connect(address).unwrap();
+    let mut stream = TcpStream::connect(daemon.admin()).unwrap();
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
@@ -176,6 +169,7 @@ fn no_password_and_no_body_shows_where_everything_works() {
              where body->>'what' = 'taken'",
         )
         .failures("permanent", &["23"]);
+    let reloaded = Consumer::orders().set("max_body", 2_000);
     world
         .db
         .execute("alter table effect alter column message_id set not null");
@@ -219,7 +213,23 @@ fn no_password_and_no_body_shows_where_everything_works() {
     ] {
         stage.silent(&arguments.join(" "), &stage.tool(&config, arguments));
     }
-    daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    let address = daemon.admin();
+    stage.silent(
+        "status",
+        &stage.tool(&config, &["status", "--address", &address]),
+    );
+    // A reload says what differs, and why it is refused.
+    let wrong = format!("{}wrong", canaries.password);
+    for (password, says) in [
+        (&wrong, "reload refused"),
+        (&canaries.password, "reloaded: "),
+    ] {
+        let changed = stage.config(password).consumer(reloaded.clone());
+        world.write("loud.toml", &changed.text());
+        daemon.signal(Signal::SIGHUP);
+        daemon.wait_for_log(&[says]);
+    }
+    daemon.signal(Signal::SIGTERM);
     let mut daemon = daemon;
     daemon.wait();
     let log = daemon.log();
@@ -307,7 +317,7 @@ fn help_shows_no_value_of_the_environment() {
     let canary = "hunter2canary";
     let mut commands = vec![vec![]];
     for words in [
-        "run", "check", "migrate", "why", "replay", "ledger", "dead", "publish",
+        "run", "check", "migrate", "why", "replay", "ledger", "dead", "publish", "status",
     ] {
         commands.push(vec![words]);
     }

@@ -74,7 +74,9 @@ impl Secured {
         match self {
             Self::Broker(listener) => listener.url(world.amqp_url(), HOST),
             Self::Redis(redis) => redis.tls_url(HOST),
-            Self::Postgres(_) => world.postgres_url().replace(PLAIN_TEXT, ""),
+            Self::Postgres(postgres) => {
+                postgres.same_database(&world.postgres_url().replace(PLAIN_TEXT, ""))
+            }
         }
     }
 }

@@ -160,12 +160,27 @@ impl<S: Read> Read for TlsStream<S> {
     }
 }
 
-impl<S: Write> Write for TlsStream<S> {
+impl<S: Read + Write> Write for TlsStream<S> {
     /// After `WouldBlock` the next call must begin with the same bytes.
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         if buf.is_empty() {
             return Ok(0);
         }
+        self.encrypt(buf).map_err(|error| match error.kind() {
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                self.last_words().unwrap_or(error)
+            }
+            _ => error,
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        flush(&mut self.tls, &mut self.socket)
+    }
+}
+
+impl<S: Read + Write> TlsStream<S> {
+    fn encrypt(&mut self, buf: &[u8]) -> io::Result<usize> {
         flush(&mut self.tls, &mut self.socket)?;
         if self.unreported == 0 {
             self.unreported = self.tls.writer().write(buf)?;
@@ -180,8 +195,15 @@ impl<S: Write> Write for TlsStream<S> {
         Ok(std::mem::take(&mut self.unreported))
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        flush(&mut self.tls, &mut self.socket)
+    /// Why the peer hung up, if it said so: with TLS 1.3 it refuses a client
+    /// certificate when the client has long begun to write.
+    fn last_words(&mut self) -> Option<io::Error> {
+        while let Ok(1..) = self.tls.read_tls(&mut self.socket) {
+            if let Err(error) = self.tls.process_new_packets() {
+                return Some(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+        }
+        None
     }
 }
 
