@@ -295,9 +295,11 @@ fn with_the_rights_on_the_page_the_daemon_and_its_tools_do_everything() {
     // A handler with the key, which claims in the ledger.
     let program = stage.world.path("apply");
     write_program(&program, "#!/bin/sh\nexit 0\n");
-    let keyed = stage
-        .consumer()
+    let keyed = Consumer::orders()
         .handler("command")
+        .bind("shop", "topic", "order.*")
+        .max_attempts(2)
+        .backoff(&["100ms"])
         .set("handler.argv", vec![program.to_str().unwrap()]);
     let daemon = stage.world.run(&stage.of("daemon", keyed));
     stage

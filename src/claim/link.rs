@@ -208,12 +208,17 @@ fn replies(
 /// The first error that is about more than the key it was given.
 fn refusal(replies: &[Value]) -> Option<String> {
     replies.iter().find_map(|reply| match reply {
-        // In the server's own words: the code is what one looks for.
-        Value::ServerError(error) if error.code() != "WRONGTYPE" => {
-            Some([error.code(), error.details().unwrap_or_default()].join(" "))
-        }
+        Value::ServerError(error) if error.code() != "WRONGTYPE" => Some(in_its_own_words(
+            error.code(),
+            error.details().unwrap_or_default(),
+        )),
         _ => None,
     })
+}
+
+/// What the server said: its code is what one looks for.
+fn in_its_own_words(code: &str, detail: &str) -> String {
+    [code, detail].join(" ")
 }
 
 pub(super) fn describe(error: &RedisError, within: Duration) -> String {
@@ -222,6 +227,9 @@ pub(super) fn describe(error: &RedisError, within: Duration) -> String {
     }
     if let Some(tls) = trust::tls_error(error) {
         return format!("TLS failed: {}", trust::explained(tls));
+    }
+    if let (Some(code), Some(detail)) = (error.code(), error.detail()) {
+        return in_its_own_words(code, detail);
     }
     match error.kind() {
         ErrorKind::Parse => format!("the server does not speak Redis's protocol: {error}"),
