@@ -22,7 +22,8 @@ python_with_pika() {
 }
 
 # missing_packages PURPOSE...: the Debian packages still to be installed, one
-# a line. A purpose is servers, build, tests, bench or chroot.
+# a line. A purpose is servers, build, tests, bench, chroot,
+# container, package or lint.
 missing_packages() {
     local purpose
     for purpose in "$@"; do
@@ -49,6 +50,19 @@ missing_packages() {
                 ;;
             chroot)
                 have debootstrap || echo debootstrap
+                ;;
+            container)
+                have debootstrap || echo debootstrap
+                have systemd-nspawn || echo systemd-container
+                have nsenter || echo util-linux
+                ;;
+            package)
+                have dpkg-shlibdeps || echo dpkg-dev
+                have strip || echo binutils
+                have python3 || echo python3
+                ;;
+            lint)
+                have lintian || echo lintian
                 ;;
         esac
     done
