@@ -29,7 +29,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("flights", &["message"]),
         ("observe", &["config", "message", "failure"]),
     ],
-    &[("postgres", &[]), ("trust", &[])],
+    &[("postgres", &["trust"]), ("trust", &[])],
     &[
         ("broker", &[]),
         ("claim", &[]),

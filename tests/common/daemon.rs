@@ -183,9 +183,11 @@ impl Daemon {
 
     /// Where it serves metrics and health.
     pub fn admin(&self) -> String {
-        self.wait_for_log(&["serving metrics and health"]);
+        let says = "serving metrics and health";
+        self.wait_for_log(&[says]);
         let log = self.log();
-        let mut words = log.iter().flat_map(|line| line.split_whitespace());
+        let line = log.iter().find(|line| line.contains(says));
+        let mut words = line.expect("the line").split_whitespace();
         let address = words.find_map(|word| word.strip_prefix("address="));
         address.expect("an address").to_owned()
     }
