@@ -10,6 +10,7 @@ mod streak;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use crossbeam_channel::{bounded, select};
@@ -21,12 +22,15 @@ use crate::ledger::{self, Schema};
 use crate::observe::admin::{self, Shown};
 use crate::observe::health::Health;
 use crate::observe::metrics::Metrics;
-use crate::observe::systemd;
+use crate::observe::{Signs, systemd};
 use crate::postgres::{self, Session};
 use crate::prune;
 use crate::random;
 use crate::stop::Stop;
 use runner::Runner;
+
+/// Longest wait for PostgreSQL without a sign of life.
+const BEAT: Duration = Duration::from_secs(1);
 
 /// Why the daemon cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -51,19 +55,25 @@ pub enum Fatal {
 pub fn run(config: &checked::Config, makers: &Makers, stop: &Stop) -> Result<(), Fatal> {
     let host = host();
     let shown = observe(config)?;
+    let mut waiting = Vec::new();
     for consumer in &config.consumers {
         let handler = handler::build(consumer, makers).map_err(|e| Fatal::Config(e.to_string()))?;
         log::info!(
             consumer = consumer.name.as_str(), handler = handler.kind(), effect:% = handler.effect();
             "handles messages"
         );
+        let queue = consumer.topology.queue.as_str();
+        let facts = [queue, handler.kind(), handler.effect().as_str()];
+        shown.metrics.describe(&consumer.name, facts);
+        waiting.push(shown.signs(&consumer.name));
     }
-    if !prepare_schema(config, stop)? {
+    systemd::start(&shown.health, stop);
+    if !prepare_schema(config, &waiting, stop)? {
         return Ok(());
     }
     // One consumer that cannot go on stops the others.
     let (stop_all, all_stopping) = crate::stop::pair();
-    prune::start(config, &all_stopping)?;
+    prune::start(config, &shown.metrics, &all_stopping)?;
     let (ended, ends) = bounded(config.consumers.len());
     let mut threads = Vec::new();
     for consumer in &config.consumers {
@@ -87,7 +97,6 @@ pub fn run(config: &checked::Config, makers: &Makers, stop: &Stop) -> Result<(),
         threads.push(thread);
     }
     drop(ended);
-    systemd::start(&shown.health, &all_stopping);
     let first = select! {
         recv(ends) -> end => end.ok(),
         recv(stop.as_receiver()) -> _ => None,
@@ -137,13 +146,14 @@ fn host() -> String {
     format!("{name}/{}", std::process::id())
 }
 
-/// Waits for PostgreSQL and sees to the schema. False when it is time to stop.
-fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> {
+/// Waits for PostgreSQL and sees to the schema; meanwhile `waiting` shows that.
+/// False when it is time to stop.
+fn prepare_schema(config: &checked::Config, waiting: &[Signs], stop: &Stop) -> Result<bool, Fatal> {
     let backoff = backoff(config);
     let mut tries = 0;
     let mut told = None;
     loop {
-        let Some(tried) = try_schema_unless(config, stop)? else {
+        let Some(tried) = try_schema_unless(config, waiting, stop)? else {
             return Ok(false);
         };
         match tried {
@@ -158,7 +168,12 @@ fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> 
                 if told.as_ref() != Some(&error) {
                     log::warn!("waiting for PostgreSQL: {error}");
                 }
-                if stop.wait(backoff.delay(tries, random::draw())) {
+                let delay = backoff.delay(tries, random::draw());
+                for signs in waiting {
+                    signs.pulse.connecting(&format!("PostgreSQL: {error}"));
+                    signs.pulse.beat(delay);
+                }
+                if stop.wait(delay) {
                     return Ok(false);
                 }
                 tries += 1;
@@ -172,6 +187,7 @@ fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> 
 /// PostgreSQL may hang. `None` then.
 fn try_schema_unless(
     config: &checked::Config,
+    waiting: &[Signs],
     stop: &Stop,
 ) -> anyhow::Result<Option<Result<Schema, postgres::Error>>> {
     let (done, tried) = bounded(1);
@@ -183,9 +199,14 @@ fn try_schema_unless(
             done.send(try_schema(&config)).ok();
         })
         .context("failed to start a thread")?;
-    select! {
-        recv(tried) -> result => result.map(Some).context("the schema's thread panicked"),
-        recv(stop.as_receiver()) -> _ => Ok(None),
+    loop {
+        select! {
+            recv(tried) -> result => {
+                return result.map(Some).context("the schema's thread panicked");
+            }
+            recv(stop.as_receiver()) -> _ => return Ok(None),
+            default(BEAT) => waiting.iter().for_each(|signs| signs.pulse.beat(BEAT)),
+        }
     }
 }
 

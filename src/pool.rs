@@ -20,6 +20,7 @@ use crate::handler::{self, Handler};
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
 use crate::observe::Signs;
+use crate::observe::metrics::Server;
 use crate::pipeline::{Foreman, Hands, Shared, Turn, Worker};
 use crate::random;
 use crate::stop::{self, Stopper};
@@ -76,6 +77,9 @@ impl Pool {
             shutdown_timeout: config.daemon.shutdown_timeout,
             signs: signs.clone(),
         };
+        // The gate of these workers is open, whatever the last one's was.
+        signs.meter.resumed();
+        signs.pulse.resumed();
         let claims = claims(config, consumer, signs)?;
         let renewal = renewal(config, consumer, &claims)?;
         let mut claims = claims.into_iter();
@@ -136,6 +140,7 @@ fn claims(
     signs: &Signs,
 ) -> anyhow::Result<Vec<Claims>> {
     let Some(redis) = &config.redis else {
+        signs.meter.goes_without(Server::Redis);
         return Ok(Vec::new());
     };
     Claims::for_workers(
