@@ -4,30 +4,32 @@
 //! it could not be stopped: opening a connection is left to a thread of its
 //! own.
 
+mod fleet;
+mod reload;
 mod runner;
 mod streak;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use crossbeam_channel::{bounded, select};
 
 use crate::backoff::Backoff;
-use crate::config::{checked, defaults};
-use crate::handler::{self, rust::Makers};
+use crate::config::{Config, checked, defaults};
+use crate::handler::{self, Handler, rust::Makers};
 use crate::ledger::{self, Schema};
+use crate::observe::Signs;
 use crate::observe::admin::{self, Shown};
 use crate::observe::health::Health;
-use crate::observe::metrics::Metrics;
-use crate::observe::{Signs, systemd};
+use crate::observe::metrics::{Metrics, Server};
+use crate::observe::systemd::Systemd;
 use crate::postgres::{self, Session};
-use crate::prune;
 use crate::random;
 use crate::stop::Stop;
-use runner::Runner;
+use fleet::Fleet;
+
+pub use reload::Reloads;
 
 /// Longest wait for PostgreSQL without a sign of life.
 const BEAT: Duration = Duration::from_secs(1);
@@ -47,67 +49,29 @@ pub enum Fatal {
 }
 
 /// Runs every consumer until `stop`, or until one cannot go on; `makers` are the
-/// program's own handlers.
+/// program's own handlers. Goes over to a new configuration at each of
+/// `reloads`.
 ///
 /// # Errors
 ///
 /// [`Fatal`], after the other consumers have been stopped too.
-pub fn run(config: &checked::Config, makers: &Makers, stop: &Stop) -> Result<(), Fatal> {
-    let host = host();
-    let shown = observe(config)?;
-    let mut waiting = Vec::new();
+pub fn run(config: Config, makers: &Makers, stop: &Stop, reloads: &Reloads) -> Result<(), Fatal> {
+    let mut handlers = Vec::new();
     for consumer in &config.consumers {
-        let handler = handler::build(consumer, makers).map_err(|e| Fatal::Config(e.to_string()))?;
-        log::info!(
-            consumer = consumer.name.as_str(), handler = handler.kind(), effect:% = handler.effect();
-            "handles messages"
-        );
-        let queue = consumer.topology.queue.as_str();
-        let facts = [queue, handler.kind(), handler.effect().as_str()];
-        shown.metrics.describe(&consumer.name, facts);
-        waiting.push(shown.signs(&consumer.name));
+        let handler = handler::build(consumer, makers);
+        handlers.push(handler.map_err(|e| Fatal::Config(e.to_string()))?);
     }
-    systemd::start(&shown.health, stop);
-    if !prepare_schema(config, &waiting, stop)? {
+    let shown = observe(&config)?;
+    let consumers = config.consumers.iter().zip(&handlers);
+    let waiting: Vec<Signs> = consumers
+        .map(|(consumer, handler)| show(&shown, &config, consumer, handler))
+        .collect();
+    drop(handlers);
+    let systemd = Systemd::start(&shown.health, stop);
+    if !prepare_schema(&config, &waiting, stop)? {
         return Ok(());
     }
-    // One consumer that cannot go on stops the others.
-    let (stop_all, all_stopping) = crate::stop::pair();
-    prune::start(config, &shown.metrics, &all_stopping)?;
-    let (ended, ends) = bounded(config.consumers.len());
-    let mut threads = Vec::new();
-    for consumer in &config.consumers {
-        let runner = Runner {
-            config: config.clone(),
-            consumer: Arc::new(consumer.clone()),
-            makers: makers.clone(),
-            host: host.clone(),
-            stop: all_stopping.clone(),
-            signs: shown.signs(&consumer.name),
-        };
-        let ended = ended.clone();
-        let thread = std::thread::Builder::new()
-            .name(consumer.name.clone())
-            .spawn(move || {
-                let end = catch_unwind(AssertUnwindSafe(|| runner.run()));
-                let end = end.unwrap_or_else(|_| Err(anyhow!("a consumer thread panicked").into()));
-                ended.send(end).ok();
-            })
-            .context("failed to start a consumer thread")?;
-        threads.push(thread);
-    }
-    drop(ended);
-    let first = select! {
-        recv(ends) -> end => end.ok(),
-        recv(stop.as_receiver()) -> _ => None,
-    };
-    log::info!("stopping");
-    systemd::stopping(config.daemon.shutdown_timeout);
-    drop(stop_all);
-    let result = first.into_iter().chain(&ends).fold(Ok(()), Result::and);
-    threads.into_iter().for_each(join);
-    log::info!("stopped");
-    result
+    Fleet::new(config, makers, host(), shown, systemd).run(stop, reloads)
 }
 
 /// Metrics and health, shown at the admin address if there is one.
@@ -118,6 +82,7 @@ fn observe(config: &checked::Config) -> Result<Shown, Fatal> {
     let shown = Shown {
         metrics: Arc::new(Metrics::new().context("failed to make the metrics")?),
         health: Arc::new(Health::new(stall_after)),
+        since: Instant::now(),
     };
     if let Some(admin) = config.admin {
         let address = admin::start(admin.listen, shown.clone()).map_err(|error| {
@@ -132,10 +97,21 @@ fn observe(config: &checked::Config) -> Result<Shown, Fatal> {
     Ok(shown)
 }
 
-fn join(thread: JoinHandle<()>) {
-    if thread.join().is_err() {
-        log::error!("a consumer thread panicked");
+/// Shows a consumer, of which nothing is known yet but what it is to run.
+fn show(
+    shown: &Shown,
+    config: &checked::Config,
+    consumer: &checked::Consumer,
+    handler: &Handler,
+) -> Signs {
+    let signs = shown.signs(&consumer.name);
+    if config.redis.is_none() {
+        shown.metrics.without(&consumer.name, Server::Redis);
     }
+    let queue = consumer.topology.queue.as_str();
+    let facts = [queue, handler.kind(), handler.effect().as_str()];
+    shown.metrics.describe(&consumer.name, facts);
+    signs
 }
 
 /// Host name and process id: who wrote a line of the failure journal.
@@ -158,12 +134,7 @@ fn prepare_schema(config: &checked::Config, waiting: &[Signs], stop: &Stop) -> R
         };
         match tried {
             Ok(Schema::Current) => return Ok(true),
-            Ok(Schema::Behind(count)) => {
-                return Err(Fatal::Config(format!(
-                    "the schema ackonce lacks {count} migration(s) of this version\n  hint: run \
-                     `ackonce migrate` with a role that may create tables, or set auto_migrate"
-                )));
-            }
+            Ok(Schema::Behind(count)) => return Err(Fatal::Config(behind(count))),
             Err(error) => {
                 if told.as_ref() != Some(&error) {
                     log::warn!("waiting for PostgreSQL: {error}");
@@ -222,6 +193,13 @@ fn try_schema(config: &checked::Config) -> Result<Schema, postgres::Error> {
     ledger::migrate(&mut session)?;
     log::info!("migrated the schema ackonce");
     Ok(Schema::Current)
+}
+
+fn behind(count: usize) -> String {
+    format!(
+        "the schema ackonce lacks {count} migration(s) of this version\n  hint: run `ackonce \
+         migrate` with a role that may create tables, or set auto_migrate"
+    )
 }
 
 fn backoff(config: &checked::Config) -> Backoff {

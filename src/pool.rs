@@ -20,7 +20,6 @@ use crate::handler::{self, Handler};
 use crate::ledger::Ledger;
 use crate::message::{Delivery, Settled};
 use crate::observe::Signs;
-use crate::observe::metrics::Server;
 use crate::pipeline::{Foreman, Hands, Shared, Turn, Worker};
 use crate::random;
 use crate::stop::{self, Stopper};
@@ -140,7 +139,6 @@ fn claims(
     signs: &Signs,
 ) -> anyhow::Result<Vec<Claims>> {
     let Some(redis) = &config.redis else {
-        signs.meter.goes_without(Server::Redis);
         return Ok(Vec::new());
     };
     Claims::for_workers(

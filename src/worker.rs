@@ -43,7 +43,7 @@
 //! A handler that panics has failed that attempt, and a new one is made. Its
 //! messages are tried again, as after [`Outcome::Retry`].
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use crate::cli::Exit;
@@ -83,6 +83,7 @@ impl StartError {
 #[must_use = "it runs when `run` is called"]
 pub struct Daemon {
     config: Config,
+    path: PathBuf,
     makers: Makers,
 }
 
@@ -95,6 +96,7 @@ impl Daemon {
     pub fn from_config(path: impl AsRef<Path>) -> Result<Self, StartError> {
         Ok(Self {
             config: config::load(path.as_ref()).map_err(StartError)?,
+            path: path.as_ref().to_owned(),
             makers: Makers::default(),
         })
     }
@@ -121,7 +123,7 @@ impl Daemon {
     }
 
     /// Runs as `ackonce run` does: until SIGTERM or SIGINT, or until it cannot
-    /// go on. Takes the process's signals, and logs to standard error unless
+    /// go on; reads its configuration again on SIGHUP. Takes the process's signals, and logs to standard error unless
     /// the program has set a logger. The exit status is that of `ackonce run`:
     /// 0 after a stop, 78 when configuration and handlers do not fit.
     #[must_use]
@@ -131,7 +133,7 @@ impl Daemon {
             log::error!("{misfit}");
             return Exit::Config.into();
         }
-        run_daemon(self.config, self.makers)
+        run_daemon(self.config, self.path, self.makers)
             .unwrap_or_else(|exit| exit)
             .into()
     }

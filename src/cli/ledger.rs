@@ -5,13 +5,13 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::migrate::{open_current, report};
-use super::{ConfigArgument, Exit, output};
-use crate::config::{format_duration, read_duration};
+use super::{ConfigArgument, Exit, output, terminal};
+use crate::config::{Config, format_duration, read_duration};
 use crate::ledger;
 use crate::ledger::prune::Sweeper;
 use crate::postgres::Session;
 use crate::prune::{self, Round};
-use crate::stop;
+use crate::stop::Stop;
 
 /// Longest `--older-than`: a hundred years.
 const OLDER_THAN_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
@@ -111,23 +111,28 @@ fn prune(arguments: &PruneArguments) -> Result<Exit, Exit> {
         );
         return Err(Exit::Usage);
     }
-    let (stopper, stop) = stop::pair();
-    let mut stopper = Some(stopper);
-    ctrlc::set_handler(move || drop(stopper.take())).map_err(|error| {
-        eprintln!("ackonce: failed to handle signals: {error}");
-        Exit::System
-    })?;
-    let mut sweeper = Sweeper::new(open_current(&config, "prune")?);
+    let dry_run = arguments.dry_run;
+    terminal::interruptible(move |stop| prune_until(stop, &config, older_than, dry_run))
+}
+
+fn prune_until(
+    stop: &Stop,
+    config: &Config,
+    older_than: Duration,
+    dry_run: bool,
+) -> Result<Exit, Exit> {
+    let retention = config.ledger.retention;
+    let mut sweeper = Sweeper::new(open_current(config, "prune")?);
     let uncovered = sweeper.uncovered(retention).map_err(|e| report(&e))?;
     for letters in &uncovered {
         let text = prune::warning(letters, retention);
         eprintln!("ackonce: warning: consumer {}: {text}", letters.consumer);
     }
-    let act = match arguments.dry_run {
+    let act = match dry_run {
         true => prune::count,
         false => prune::delete,
     };
-    let round = act(&mut sweeper, &config.ledger, older_than, &stop).map_err(|e| report(&e))?;
+    let round = act(&mut sweeper, &config.ledger, older_than, stop).map_err(|e| report(&e))?;
     let (counts, exit) = match round {
         Round::Through(counts) => (counts, Exit::Success),
         Round::Stopped(counts) => (counts, Exit::Partial),
@@ -136,7 +141,7 @@ fn prune(arguments: &PruneArguments) -> Result<Exit, Exit> {
             return Err(Exit::TryAgain);
         }
     };
-    let verb = match arguments.dry_run {
+    let verb = match dry_run {
         true => "would delete",
         false => "deleted",
     };

@@ -13,6 +13,8 @@ mod pace;
 pub mod publish;
 pub mod replay;
 pub mod run;
+mod signals;
+pub mod status;
 pub mod terminal;
 pub mod why;
 
@@ -81,6 +83,8 @@ configuration, 130 interrupted.";
 pub enum Command {
     /// Consume every queue of the configuration until told to stop
     Run(run::Arguments),
+    /// Tell what a running daemon is doing
+    Status(status::Arguments),
     /// Look whether the configuration and the servers are what the daemon needs
     Check(check::Arguments),
     /// Bring the schema `ackonce` in PostgreSQL up to this version
@@ -154,6 +158,7 @@ pub fn main() -> Exit {
     crate::observe::logging::start(config::logs_to_journal());
     let result = match cli.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
         Command::Migrate(arguments) => migrate::run(&arguments),
         Command::Ledger(arguments) => ledger::run(&arguments),

@@ -1,11 +1,13 @@
 //! `ackonce run`: the daemon in the foreground.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use crossbeam_channel::{Receiver, bounded, select};
 
-use super::{ConfigArgument, Exit};
-use crate::config::Config;
-use crate::daemon::{self, Fatal};
+use super::{ConfigArgument, Exit, signals};
+use crate::config::{self, Config};
+use crate::daemon::{self, Fatal, Reloads};
 use crate::handler::command;
 use crate::handler::rust::Makers;
 use crate::observe::logging;
@@ -19,42 +21,42 @@ pub struct Arguments {
 }
 
 /// Runs until SIGTERM or SIGINT, or until the daemon cannot go on. A second
-/// signal ends the process at once.
+/// signal ends the process at once. SIGHUP has it read its configuration again.
 ///
 /// # Errors
 ///
 /// The exit status.
 pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
-    run_daemon(arguments.config.load()?, Makers::default())
+    let config = arguments.config.load()?;
+    run_daemon(config, arguments.config.config.clone(), Makers::default())
 }
 
-/// As [`run`], with the handlers of the program.
+/// As [`run`], with the configuration at `path`, which is read already, and the
+/// handlers of the program.
 ///
 /// # Errors
 ///
 /// The exit status.
-pub fn run_daemon(config: Config, makers: Makers) -> Result<Exit, Exit> {
+pub fn run_daemon(config: Config, path: PathBuf, makers: Makers) -> Result<Exit, Exit> {
     logging::set_format(config.log_format);
-    let (signal, signals) = bounded(2);
-    ctrlc::set_handler(move || {
-        signal.try_send(()).ok();
-    })
-    .map_err(|error| {
+    let (stops, wishes) = signals::stops_and_reloads().map_err(|error| {
         log::error!("failed to handle signals: {error}");
         Exit::System
     })?;
+    let reloads = Reloads::new(wishes, move || config::load(&path));
     let (stopper, stop) = stop::pair();
     let (done, ended) = bounded(1);
     std::thread::Builder::new()
         .name("daemon".to_owned())
         .spawn(move || {
-            done.send(daemon::run(&config, &makers, &stop)).ok();
+            done.send(daemon::run(config, &makers, &stop, &reloads))
+                .ok();
         })
         .map_err(|error| {
             log::error!("failed to start a thread: {error}");
             Exit::System
         })?;
-    let exit = until_the_end(stopper, &ended, &signals);
+    let exit = until_the_end(stopper, &ended, &stops);
     // Whatever the handlers' programs still do, nobody waits for it.
     command::kill_all();
     exit
@@ -63,7 +65,7 @@ pub fn run_daemon(config: Config, makers: Makers) -> Result<Exit, Exit> {
 fn until_the_end(
     stopper: Stopper,
     ended: &Receiver<Result<(), Fatal>>,
-    signals: &Receiver<()>,
+    stops: &Receiver<()>,
 ) -> Result<Exit, Exit> {
     let mut stopper = Some(stopper);
     loop {
@@ -76,7 +78,7 @@ fn until_the_end(
                     Err(Exit::System)
                 }
             },
-            recv(signals) -> _ => match stopper.take() {
+            recv(stops) -> _ => match stopper.take() {
                 Some(stopper) => {
                     log::info!("told to stop: finishing what is in flight");
                     drop(stopper);

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::Exit;
+use super::{Exit, signals};
 use crate::stop::{self, Stop};
 use crate::why::printable;
 
@@ -123,8 +123,8 @@ pub fn confirm(question: &str, yes: bool) -> Result<(), Exit> {
     Err(Exit::Partial)
 }
 
-/// Runs `work` on a thread of its own. The first SIGINT or SIGTERM asks it to
-/// stop, a second one does not wait for it.
+/// Runs `work` on a thread of its own. The first SIGINT, SIGTERM or SIGHUP asks
+/// it to stop, a second one does not wait for it.
 ///
 /// # Errors
 ///
@@ -137,11 +137,7 @@ pub fn interruptible(
         eprintln!("ackonce: failed to {what}: {error}");
         Exit::System
     };
-    let (signal, signals) = bounded(2);
-    ctrlc::set_handler(move || {
-        signal.try_send(()).ok();
-    })
-    .map_err(|error| system("handle signals", &error))?;
+    let signals = signals::stops().map_err(|error| system("handle signals", &error))?;
     let (stopper, stop) = stop::pair();
     let (done, ended) = bounded(1);
     std::thread::Builder::new()

@@ -8,6 +8,7 @@ pub mod checked;
 pub mod defaults;
 pub mod keys;
 
+mod changes;
 mod consumer;
 mod duration;
 mod error;
@@ -30,6 +31,7 @@ use std::path::Path;
 
 use toml::de::DeTable;
 
+pub use changes::changes;
 pub use checked::Config;
 pub use duration::{format as format_duration, read as read_duration};
 pub use error::{ConfigError, Problem};

@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 use super::Signs;
 use super::health::{Health, Report};
 use super::metrics::{self, Metrics};
+use super::status::Status;
 
 /// Connections served at a time; one more waits in the listener's backlog. So
 /// many that a few that are forgotten do not keep a probe waiting.
@@ -46,6 +47,8 @@ pub struct Shown {
     pub metrics: Arc<Metrics>,
     /// For the others.
     pub health: Arc<Health>,
+    /// When the daemon began.
+    pub since: Instant,
 }
 
 impl Shown {
@@ -56,6 +59,12 @@ impl Shown {
             meter: self.metrics.meter(consumer),
             pulse: self.health.pulse(consumer),
         }
+    }
+
+    /// Shows nothing of a consumer any more, which has ended.
+    pub fn forget(&self, consumer: &str) {
+        self.metrics.forget(consumer);
+        self.health.forget(consumer);
     }
 }
 
@@ -137,7 +146,7 @@ fn answer(request: &Request<Incoming>, shown: &Shown) -> Response<Full<Bytes>> {
         },
         "/livez" => judged(&shown.health.reports(), Report::is_alive),
         "/readyz" => judged(&shown.health.reports(), Report::is_ready),
-        "/status" => match serde_json::to_string(&shown.health.reports()) {
+        "/status" => match serde_json::to_string(&Status::of(shown, shown.since)) {
             Ok(text) => respond(StatusCode::OK, "application/json", text),
             Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
         },

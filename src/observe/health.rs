@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a consumer is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,19 +131,19 @@ pub struct Health {
 }
 
 /// What is to be said of one consumer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Its name.
     pub consumer: String,
     /// `starting`, `connecting`, `consuming`, `paused` or `stopping`.
-    pub state: &'static str,
+    pub state: String,
     /// Why it does not consume.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
     /// Deliveries handed over and not settled.
     pub in_flight: usize,
     /// Why it counts as dead.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stalled: Option<String>,
 }
 
@@ -238,7 +238,7 @@ fn report(pulse: &Pulse, stall_after: Duration, now: Instant) -> Report {
     };
     Report {
         consumer: pulse.consumer.clone(),
-        state: name,
+        state: name.to_owned(),
         cause,
         in_flight: state.in_flight,
         stalled,
@@ -272,7 +272,10 @@ mod tests {
         let pulse = Pulse::new("orders", Instant::now());
         pulse.connecting(&format!("no\nREADY=1\r\u{1b}[m{}", "x".repeat(9_000)));
         let said = after(&pulse, Duration::ZERO).to_string();
-        assert!(said.starts_with("orders: connecting: no READY=1  [mxxx"), "{said}");
+        assert!(
+            said.starts_with("orders: connecting: no READY=1  [mxxx"),
+            "{said}"
+        );
         assert!(said.len() < 600 && !said.contains(char::is_control));
     }
 

@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use env_logger::fmt::Formatter;
 use log::kv::{Error, Key, Value, VisitSource};
@@ -12,20 +12,15 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::config::checked::LogFormat;
 
-const TEXT: u8 = 0;
-const JSON: u8 = 1;
-const JOURNAL: u8 = 2;
-
-static FORMAT: AtomicU8 = AtomicU8::new(TEXT);
+static TO_JOURNAL: AtomicBool = AtomicBool::new(false);
+static AS_JSON: AtomicBool = AtomicBool::new(false);
 
 /// Starts the log, as text; for the journal if `to_journal`, which wants to be
 /// told a line's priority and knows its time. `RUST_LOG` sets its level (`info`
 /// unless told otherwise), save for what may quote a secret: that is held back
 /// at every level.
 pub fn start(to_journal: bool) {
-    if to_journal {
-        FORMAT.store(JOURNAL, Ordering::Relaxed);
-    }
+    TO_JOURNAL.store(to_journal, Ordering::Relaxed);
     let mut builder = env_logger::Builder::new();
     builder.filter_level(LevelFilter::Info);
     builder.filter_module("sqlx", LevelFilter::Warn);
@@ -41,21 +36,19 @@ pub fn start(to_journal: bool) {
 
 /// Writes further lines as the configuration wants them.
 pub fn set_format(format: LogFormat) {
-    match format {
-        LogFormat::Json => FORMAT.store(JSON, Ordering::Relaxed),
-        LogFormat::Text => {}
-    }
+    AS_JSON.store(format == LogFormat::Json, Ordering::Relaxed);
 }
 
 fn write(out: &mut Formatter, record: &Record<'_>) -> std::io::Result<()> {
-    let format = FORMAT.load(Ordering::Relaxed);
-    if format == JSON {
+    let to_journal = TO_JOURNAL.load(Ordering::Relaxed);
+    if to_journal {
+        write!(out, "<{}>", priority(record.level()))?;
+    }
+    if AS_JSON.load(Ordering::Relaxed) {
         let time = out.timestamp_millis().to_string();
         return writeln!(out, "{}", json(&time, record));
     }
-    if format == JOURNAL {
-        write!(out, "<{}>", priority(record.level()))?;
-    } else {
+    if !to_journal {
         let time = out.timestamp_millis();
         let level = record.level();
         let style = out.default_level_style(level);

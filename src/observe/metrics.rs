@@ -9,9 +9,10 @@ mod labels;
 mod meter;
 mod process;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use prometheus::proto::MetricFamily;
 use prometheus::{Error, IntCounterVec, IntGaugeVec, Registry, TextEncoder};
 
 use crate::failure::Class;
@@ -255,7 +256,6 @@ impl Metrics {
             ..
         } = self;
         Arc::new(Meter {
-            consumer: consumer.to_owned(),
             received: messages.received.of(consumer),
             redelivered: messages.redelivered.of(consumer),
             outcomes: messages.outcomes.of(consumer),
@@ -274,7 +274,6 @@ impl Metrics {
             consuming: servers.consuming.of(consumer),
             paused: servers.paused.of(consumer),
             up: servers.up.of(consumer),
-            server_up: servers.up.family(),
             batch: timings.batch.of(consumer),
             handling: timings.handling.of(consumer),
             settling: timings.settling.of(consumer),
@@ -369,6 +368,30 @@ impl Metrics {
         self.undescribe(consumer);
     }
 
+    /// `consumer` does without `server`: there is nothing to be said of it.
+    pub fn without(&self, consumer: &str, server: Server) {
+        self.servers.up.remove(consumer, server.name());
+        self.servers.reconnects.remove(consumer, server.name());
+    }
+
+    /// The values that a family of counters or gauges has for `consumer`, by
+    /// the value of its other label; by nothing if it has none.
+    #[must_use]
+    pub fn values(&self, family: &str, consumer: &str, label: &str) -> BTreeMap<String, u64> {
+        let families = self.registry.gather();
+        let family = families.iter().find(|f| f.name() == families::full(family));
+        let mut values = BTreeMap::new();
+        for metric in family.map(MetricFamily::get_metric).unwrap_or_default() {
+            let of = |name: &str| metric.get_label().iter().find(|pair| pair.name() == name);
+            if of("consumer").is_some_and(|pair| pair.value() == consumer) {
+                let key = of(label).map(|pair| pair.value().to_owned());
+                let value = metric.get_counter().get_value() + metric.get_gauge().get_value();
+                values.insert(key.unwrap_or_default(), whole(value));
+            }
+        }
+        values
+    }
+
     /// Everything, in the text format.
     ///
     /// # Errors
@@ -378,6 +401,15 @@ impl Metrics {
         self.process.look();
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "it was a count"
+)]
+fn whole(value: f64) -> u64 {
+    value.max(0.0) as u64
 }
 
 #[cfg(test)]
@@ -429,10 +461,13 @@ mod tests {
     #[test]
     fn a_server_that_is_not_used_is_neither_up_nor_down() {
         let metrics = Metrics::new().unwrap();
-        let meter = metrics.meter("orders");
-        meter.goes_without(Server::Redis);
-        let ups = series(&metrics);
-        let ups = ups.iter().filter(|line| line.contains("server_up{"));
-        assert_eq!(ups.count(), 2);
+        let _meter = metrics.meter("orders");
+        metrics.without("orders", Server::Redis);
+        assert!(
+            !series(&metrics)
+                .iter()
+                .any(|line| line.contains(r#"server="redis""#))
+        );
+        assert_eq!(metrics.values("server_up", "orders", "server").len(), 2);
     }
 }

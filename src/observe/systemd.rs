@@ -4,6 +4,7 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -18,22 +19,66 @@ const EVERY: Duration = Duration::from_secs(1);
 /// What is asked for, again and again, while the servers are waited for.
 const EXTENSION: Duration = Duration::from_secs(60);
 
-/// Keeps systemd informed until the stop.
-pub fn start(health: &Arc<Health>, stop: &Stop) {
-    if !config::is_notify_service() {
-        return;
+/// The way to systemd. Says nothing where nobody listens.
+pub struct Systemd {
+    is_listening: bool,
+    /// It was told that the daemon is ready.
+    is_ready: Arc<AtomicBool>,
+}
+
+impl Systemd {
+    /// Keeps systemd informed of `health`, on a thread of its own, until `stop`.
+    #[must_use]
+    pub fn start(health: &Arc<Health>, stop: &Stop) -> Self {
+        let is_ready = Arc::new(AtomicBool::new(false));
+        let is_listening = config::is_notify_service();
+        if is_listening {
+            let (health, stop, is_ready) = (Arc::clone(health), stop.clone(), is_ready.clone());
+            let spawned = std::thread::Builder::new()
+                .name("systemd".to_owned())
+                .spawn(move || inform(&health, &stop, &is_ready));
+            if let Err(error) = spawned {
+                log::error!("systemd is not told anything: failed to start a thread: {error}");
+            }
+        }
+        Self {
+            is_listening,
+            is_ready,
+        }
     }
-    let (health, stop) = (Arc::clone(health), stop.clone());
-    let spawned = std::thread::Builder::new()
-        .name("systemd".to_owned())
-        .spawn(move || inform(&health, &stop));
-    if let Err(error) = spawned {
-        log::error!("systemd is not told anything: failed to start a thread: {error}");
+
+    /// A reload begins. Before the daemon is ready for the first time it is a
+    /// part of the start.
+    pub fn reloading(&self) {
+        if self.is_ready.load(Ordering::Relaxed) {
+            match NotifyState::monotonic_usec_now() {
+                Ok(now) => self.tell(&[NotifyState::Reloading, now]),
+                Err(error) => log::debug!("no time to tell systemd: {error}"),
+            }
+        }
+    }
+
+    /// A reload has come to an end, of whatever kind.
+    pub fn reloaded(&self, outcome: &str) {
+        if self.is_ready.load(Ordering::Relaxed) {
+            self.tell(&[NotifyState::Ready, NotifyState::Status(outcome)]);
+        }
+    }
+
+    /// The daemon stops, and may take so long.
+    pub fn stopping(&self, within: Duration) {
+        let extended = extend(within.saturating_add(EXTENSION));
+        self.tell(&[NotifyState::Stopping, extended]);
+    }
+
+    fn tell(&self, states: &[NotifyState<'_>]) {
+        if self.is_listening {
+            tell(states);
+        }
     }
 }
 
-fn inform(health: &Health, stop: &Stop) {
-    let mut is_ready = false;
+fn inform(health: &Health, stop: &Stop, is_ready: &AtomicBool) {
     let mut last = String::new();
     loop {
         let reports = health.reports();
@@ -41,12 +86,14 @@ fn inform(health: &Health, stop: &Stop) {
         let mut states = Vec::new();
         if reports.iter().all(Report::is_alive) {
             states.push(NotifyState::Watchdog);
-            if !is_ready {
+            if !is_ready.load(Ordering::Relaxed) {
                 states.push(extend(EXTENSION));
             }
         }
-        if !is_ready && reports.iter().all(Report::is_ready) {
-            is_ready = true;
+        if !reports.is_empty()
+            && reports.iter().all(Report::is_ready)
+            && !is_ready.swap(true, Ordering::Relaxed)
+        {
             states.push(NotifyState::Ready);
         }
         if status != last {
@@ -58,11 +105,6 @@ fn inform(health: &Health, stop: &Stop) {
             return;
         }
     }
-}
-
-/// The daemon stops, and may take so long.
-pub fn stopping(within: Duration) {
-    tell(&[NotifyState::Stopping, extend(within + EXTENSION)]);
 }
 
 fn extend(by: Duration) -> NotifyState<'static> {
@@ -79,6 +121,9 @@ fn tell(states: &[NotifyState<'_>]) {
 
 /// One line: who is not well, or that all are.
 fn status(reports: &[Report]) -> String {
+    if reports.is_empty() {
+        return "waiting for PostgreSQL".to_owned();
+    }
     let in_flight: usize = reports.iter().map(|report| report.in_flight).sum();
     let ready = reports.iter().filter(|report| report.is_ready()).count();
     let mut line = format!("{ready} of {} consumers consume", reports.len());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
-use super::{DEADLINE, Daemon, eventually};
+use super::{DEADLINE, Daemon};
 
 /// An answer in HTTP.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,16 +26,8 @@ pub struct Admin {
 impl Admin {
     /// Waits until `daemon` says where it listens.
     pub fn of(daemon: &Daemon) -> Self {
-        let mut address = None;
-        eventually("the daemon serves its admin address", || {
-            let log = daemon.log();
-            let line = log.iter().find(|line| line.contains("serving metrics"));
-            let word = line.and_then(|line| line.split("address=").nth(1));
-            address = word.and_then(|word| word.split_whitespace().next()?.parse().ok());
-            address.is_some()
-        });
         Self {
-            address: address.expect("an address"),
+            address: daemon.admin().parse().expect("an address"),
         }
     }
 

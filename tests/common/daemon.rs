@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -69,14 +69,19 @@ impl Gate {
 #[derive(Debug)]
 pub struct Builder {
     command: Command,
+    config: PathBuf,
     consumers: Vec<String>,
 }
 
 impl Builder {
     pub(super) fn new(config: PathBuf, consumers: Vec<String>) -> Self {
         let mut command = command();
-        command.arg("run").arg("--config").arg(config);
-        Self { command, consumers }
+        command.arg("run").arg("--config").arg(&config);
+        Self {
+            command,
+            config,
+            consumers,
+        }
     }
 
     /// Runs `program` in place of `ackonce`, with the configuration's path in
@@ -89,8 +94,8 @@ impl Builder {
                 None => program.env_remove(name),
             };
         }
-        let config = self.command.get_args().last().expect("the configuration");
-        program.env("PROGRAM_CONFIG", config).stdin(Stdio::null());
+        program.env("PROGRAM_CONFIG", &self.config);
+        program.stdin(Stdio::null());
         self.command = program;
         self
     }
@@ -154,6 +159,7 @@ impl Builder {
         });
         Daemon {
             child,
+            config: self.config,
             consumers: self.consumers,
             log,
             reader: Some(reader),
@@ -166,6 +172,7 @@ impl Builder {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
+    config: PathBuf,
     consumers: Vec<String>,
     log: Arc<Mutex<Vec<String>>>,
     reader: Option<JoinHandle<()>>,
@@ -175,6 +182,26 @@ impl Daemon {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Its configuration's file.
+    pub fn config_path(&self) -> &Path {
+        &self.config
+    }
+
+    /// Where it serves metrics and health.
+    pub fn admin(&self) -> String {
+        self.wait_for_log(&["serving metrics and health"]);
+        let log = self.log();
+        let mut words = log.iter().flat_map(|line| line.split_whitespace());
+        let address = words.find_map(|word| word.strip_prefix("address="));
+        address.expect("an address").to_owned()
+    }
+
+    /// Has it read `text` as its configuration.
+    pub fn reload(&self, text: &str) {
+        std::fs::write(&self.config, text).expect("the configuration's file");
+        self.signal(Signal::SIGHUP);
     }
 
     /// Its log so far.

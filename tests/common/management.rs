@@ -163,9 +163,17 @@ impl Management {
         assert!(String::from_utf8_lossy(&reply).contains(r#""routed":true"#));
     }
 
+    /// A server that has just started may lose a request; what may be said
+    /// twice is.
     fn expect(&self, method: &str, path: &str, body: &str) -> Vec<u8> {
-        self.request(method, path, body)
-            .unwrap_or_else(|e| panic!("failed to {method} {path}: {e}"))
+        let result = match self.request(method, path, body) {
+            Err(error) if method != "POST" && !error.starts_with("status") => {
+                eprintln!("{method} {path} once more: {error}");
+                self.request(method, path, body)
+            }
+            result => result,
+        };
+        result.unwrap_or_else(|e| panic!("failed to {method} {path}: {e}"))
     }
 
     fn request(&self, method: &str, path: &str, body: &str) -> Result<Vec<u8>, String> {

@@ -99,7 +99,8 @@ impl Families<'_> {
     }
 }
 
-fn full(name: &str) -> String {
+/// The name of a family in full.
+pub(super) fn full(name: &str) -> String {
     format!("ackonce_{name}")
 }
 
@@ -142,9 +143,13 @@ impl<const N: usize> CountersBy<N> {
             .map(|value| self.family.with_label_values(&[consumer, value]))
     }
 
+    pub(super) fn remove(&self, consumer: &str, value: &str) {
+        self.family.remove_label_values(&[consumer, value]).ok();
+    }
+
     pub(super) fn forget(&self, consumer: &str) {
         for value in self.values {
-            self.family.remove_label_values(&[consumer, value]).ok();
+            self.remove(consumer, value);
         }
     }
 }
@@ -159,14 +164,13 @@ impl<const N: usize> GaugesBy<N> {
         })
     }
 
-    /// The family itself, for a consumer that has not all of the series.
-    pub(super) fn family(&self) -> IntGaugeVec {
-        self.family.clone()
+    pub(super) fn remove(&self, consumer: &str, value: &str) {
+        self.family.remove_label_values(&[consumer, value]).ok();
     }
 
     pub(super) fn forget(&self, consumer: &str) {
         for value in self.values {
-            self.family.remove_label_values(&[consumer, value]).ok();
+            self.remove(consumer, value);
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use prometheus::{Histogram, IntCounter, IntGauge, IntGaugeVec};
+use prometheus::{Histogram, IntCounter, IntGauge};
 
-use super::labels::{FoundIn, Label, LedgerStep, Outcome, PauseCause, Server};
+use super::labels::{FoundIn, LedgerStep, Outcome, PauseCause, Server};
 use crate::failure::Class;
 use crate::message::{DeadReason, Settlement};
 
@@ -28,7 +28,6 @@ pub struct Settling {
 /// been told: before that, it may come to nothing.
 #[derive(Debug)]
 pub struct Meter {
-    pub(super) consumer: String,
     pub(super) received: IntCounter,
     pub(super) redelivered: IntCounter,
     pub(super) outcomes: [IntCounter; 6],
@@ -47,7 +46,6 @@ pub struct Meter {
     pub(super) consuming: IntGauge,
     pub(super) paused: [IntGauge; 2],
     pub(super) up: [IntGauge; 3],
-    pub(super) server_up: IntGaugeVec,
     pub(super) batch: Histogram,
     pub(super) handling: Histogram,
     pub(super) settling: Histogram,
@@ -155,13 +153,6 @@ impl Meter {
     /// What was last heard of `server`.
     pub fn is_up(&self, server: Server, up: bool) {
         self.up[server as usize].set(i64::from(up));
-    }
-
-    /// The consumer does not use `server`, which is neither up nor down then.
-    pub fn goes_without(&self, server: Server) {
-        let labels = [self.consumer.as_str(), server.name()];
-        // One that is not there is as good as one that is removed.
-        self.server_up.remove_label_values(&labels).ok();
     }
 
     /// The consumer pauses.
