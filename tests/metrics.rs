@@ -298,7 +298,7 @@ fn what_was_applied_before_its_connection_was_lost_is_applied_once_and_then_a_du
     let gate = world.gate();
     let daemon = world
         .daemon(&config)
-        .pauses_at("recorded", 1, &gate)
+        .pauses_at("committed", 1, &gate)
         .start();
     world.broker.send(ORDERS, [Msg::new("one")]);
     gate.wait_until_hit();
@@ -495,14 +495,16 @@ fn rows_that_are_pruned_are_counted() {
         .orders()
         .set("ledger.retention", "1h")
         .set("ledger.prune_every", "1s");
-    world.prepare(&config);
+    let daemon = world.run(&config);
+    let admin = Admin::of(&daemon);
+    world.broker.send(ORDERS, [Msg::new("new")]);
+    admin.wait_for(&[("messages_total applied", 1.0)]);
     world.db.execute(
         "insert into ackonce.ledger (consumer_id, message_id, fingerprint, applied_at) \
          select id, 'old-' || n, sha256('x'::bytea), now() - interval '1 day' \
          from ackonce.consumer, generate_series(1, 7) n where name = 'orders'",
     );
-    let daemon = world.run(&config);
-    Admin::of(&daemon).wait_for(&[("rows_pruned_total ledger", 7.0)]);
+    admin.wait_for(&[("rows_pruned_total ledger", 7.0)]);
     daemon.stop();
 }
 
