@@ -15,6 +15,7 @@ use crate::handler::command;
 use crate::handler::http::HttpHandler;
 use crate::handler::sql::SqlHandler;
 use crate::ledger::{self, Schema};
+use crate::observe::admin::OPEN_TO_OTHERS;
 use crate::postgres::{Error, Session};
 use crate::prune;
 use crate::trust;
@@ -70,11 +71,27 @@ impl fmt::Display for Finding {
 #[must_use]
 pub fn servers(config: &checked::Config) -> Vec<Finding> {
     let mut findings = Findings::default();
+    admin(config, &mut findings);
     postgres(config, &mut findings);
     redis(config, &mut findings);
     broker(config, &mut findings);
     receivers(config, &mut findings);
     findings.0
+}
+
+/// Looks at the address alone: a daemon that runs has it.
+fn admin(config: &checked::Config, findings: &mut Findings) {
+    if let Some(admin) = config
+        .admin
+        .filter(|admin| !admin.listen.ip().is_loopback())
+    {
+        let text = format!(
+            "{}: {OPEN_TO_OTHERS}\n         hint: listen on a loopback address, or let a firewall \
+             see to it",
+            admin.listen
+        );
+        findings.add("admin address", Severity::Warning, text);
+    }
 }
 
 /// Connects to the receivers, and sends them nothing; starts no program.

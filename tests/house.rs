@@ -27,7 +27,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("lifecycle", &["message", "failure"]),
         ("identity", &["message", "config"]),
         ("flights", &["message"]),
-        ("observe", &["config", "message", "failure"]),
+        ("observe", &["config", "message", "failure", "stop"]),
     ],
     &[("postgres", &["trust"]), ("trust", &[])],
     &[

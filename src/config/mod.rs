@@ -18,6 +18,7 @@ mod interpolate;
 mod names;
 mod observe;
 mod print;
+mod process;
 mod reader;
 mod retry;
 mod servers;
@@ -36,6 +37,7 @@ pub use checked::Config;
 pub use duration::{format as format_duration, read as read_duration};
 pub use error::{ConfigError, Problem};
 pub use print::to_toml;
+pub use process::ProcessStatus;
 pub use size::format as format_size;
 pub use source::Place;
 

@@ -29,6 +29,7 @@ pub(super) fn command() -> Command {
         .env_remove("ACKONCE_FAILPOINT_FILE")
         .env_remove("ACKONCE_POISON")
         .env_remove("ACKONCE_POISON_PANIC")
+        .env_remove("NOTIFY_SOCKET")
         .env("RUST_LOG", "info")
         .env("RUST_BACKTRACE", "1")
         .stdin(Stdio::null());
@@ -129,6 +130,13 @@ impl Builder {
     #[must_use]
     pub fn panics_of(mut self, text: &str) -> Self {
         self.command.env("ACKONCE_POISON_PANIC", text);
+        self
+    }
+
+    /// Sets a variable of its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl AsRef<std::ffi::OsStr>) -> Self {
+        self.command.env(name, value);
         self
     }
 

@@ -9,6 +9,7 @@
     reason = "each test binary uses its own part, and a broken stage is a failed test"
 )]
 
+pub mod admin;
 mod authority;
 mod broker;
 mod config;
@@ -30,6 +31,7 @@ mod wait;
 pub mod wire;
 mod world;
 
+pub use admin::Admin;
 pub use authority::{Authority, Leaf};
 pub use broker::{Broker, Dead, Msg, numbered, numbered_ids};
 pub use config::{Config, Consumer};
