@@ -194,3 +194,74 @@ fn files_and_functions_stay_readable() {
     }
     assert!(wrong.is_empty(), "too long:\n{}", wrong.join("\n"));
 }
+
+/// A file of the repository.
+fn file(path: &str) -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
+fn manifest(path: &str) -> toml::Table {
+    file(path).parse().unwrap()
+}
+
+/// Rust code of any sort: sources, tests, benchmarks, examples, fuzz targets.
+fn all_code() -> Vec<(PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folders = [
+        "src",
+        "tests",
+        "benches",
+        "examples",
+        "fuzz/src",
+        "fuzz/fuzz_targets",
+    ];
+    let mut folders: Vec<PathBuf> = folders.iter().map(|folder| root.join(folder)).collect();
+    let mut found = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                found.push((path, text));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn no_code_of_ours_is_unsafe() {
+    let manifest = manifest("Cargo.toml");
+    let lints = manifest["lints"]["rust"].as_table().unwrap();
+    let forbidden: Vec<&String> = lints
+        .iter()
+        .filter(|(_, level)| level.as_str() == Some("forbid"))
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(forbidden, [&["unsafe", "code"].join("_")]);
+    // Pieced together, so that this file has none of it.
+    let words = [["unsafe", "code"].join("_"), ["unsafe", "{"].join(" ")];
+    let exceptions: Vec<PathBuf> = all_code()
+        .into_iter()
+        .filter(|(_, text)| words.iter().any(|word| text.contains(word)))
+        .map(|(path, _)| path)
+        .collect();
+    assert_eq!(exceptions, Vec::<PathBuf>::new());
+}
+
+#[test]
+fn the_oldest_compiler_that_is_promised_is_the_one_that_is_used() {
+    let manifest = manifest("Cargo.toml");
+    let promised = manifest["package"]["rust-version"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let toolchain: toml::Table = file("rust-toolchain.toml").parse().unwrap();
+    let used = toolchain["toolchain"]["channel"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert_eq!(used, format!("{promised}.0"));
+}

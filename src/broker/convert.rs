@@ -2,7 +2,7 @@
 
 use std::time::{Duration, UNIX_EPOCH};
 
-use amiquip::{AmqpValue, FieldTable};
+use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use serde_json::{Map, Number, Value};
 
 use crate::message::{
@@ -28,7 +28,26 @@ pub(super) const OF_THE_BROKER: [&str; 9] = [
 /// Takes the body out of a delivery and leaves the shell: what is needed to
 /// settle it, or to make a copy of it.
 pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> Message {
-    let properties = &delivery.properties;
+    let body = std::mem::take(&mut delivery.body);
+    message(
+        &delivery.properties,
+        (&delivery.exchange, &delivery.routing_key),
+        delivery.redelivered,
+        body,
+        repairs,
+    )
+}
+
+/// The message that `body` is, published with `properties` to an exchange with
+/// a routing key.
+#[must_use]
+pub fn message(
+    properties: &AmqpProperties,
+    (exchange, routing_key): (&str, &str),
+    redelivered: bool,
+    body: Vec<u8>,
+    repairs: Repairs,
+) -> Message {
     let header = |name: &str| properties.headers().as_ref()?.get(name);
     let text = |name: &str| match header(name)? {
         AmqpValue::LongString(text) => Some(clean(text)),
@@ -36,11 +55,11 @@ pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> 
     };
     Message {
         attempts: header(ATTEMPTS_HEADER).map_or(0, count),
-        exchange: text(EXCHANGE_HEADER).unwrap_or_else(|| clean(&delivery.exchange)),
-        routing_key: text(ROUTING_KEY_HEADER).unwrap_or_else(|| clean(&delivery.routing_key)),
-        redelivered: delivery.redelivered,
+        exchange: text(EXCHANGE_HEADER).unwrap_or_else(|| clean(exchange)),
+        routing_key: text(ROUTING_KEY_HEADER).unwrap_or_else(|| clean(routing_key)),
+        redelivered,
         replayed: header(REPLAYS_HEADER).is_some(),
-        body: std::mem::take(&mut delivery.body),
+        body,
         message_id: properties.message_id().clone(),
         content_type: properties.content_type().clone(),
         // Some publishers send milliseconds; that is a far future, not an error.

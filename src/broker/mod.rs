@@ -5,7 +5,7 @@ pub mod cause;
 pub mod confirms;
 pub mod connection;
 pub mod consumer;
-mod convert;
+pub mod convert;
 mod courier;
 pub mod desk;
 pub mod error;

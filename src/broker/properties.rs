@@ -228,7 +228,9 @@ impl Properties {
         })
     }
 
-    pub(super) fn from_amqp(properties: &AmqpProperties) -> Self {
+    /// As the AMQP library has them.
+    #[must_use]
+    pub fn from_amqp(properties: &AmqpProperties) -> Self {
         Self {
             content_type: properties.content_type().clone(),
             content_encoding: properties.content_encoding().clone(),

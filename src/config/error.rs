@@ -26,7 +26,13 @@ pub struct Problem {
 }
 
 impl ConfigError {
-    pub(super) fn new(file: &Path, problems: Vec<Problem>) -> Self {
+    /// Control characters in what is said are escaped: it may repeat a path or
+    /// what the system says of one.
+    pub(super) fn new(file: &Path, mut problems: Vec<Problem>) -> Self {
+        for problem in &mut problems {
+            problem.message = escaped(&problem.message);
+            problem.hint = escaped(&problem.hint);
+        }
         Self {
             file: file.to_owned(),
             problems,
@@ -108,18 +114,21 @@ const SHOWN_MAX_CHARS: usize = 60;
 
 /// `text` in backquotes, on one line, control characters escaped, shortened.
 pub(super) fn shown(text: &str) -> String {
-    let mut out = String::from("`");
-    for (index, character) in text.chars().enumerate() {
-        if index == SHOWN_MAX_CHARS {
-            out.push('…');
-            break;
-        }
+    match text.char_indices().nth(SHOWN_MAX_CHARS) {
+        Some((end, _)) => format!("`{}…`", escaped(&text[..end])),
+        None => format!("`{}`", escaped(text)),
+    }
+}
+
+/// `text` on one line, control characters escaped.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
         if character.is_control() {
             out.extend(character.escape_debug());
         } else {
             out.push(character);
         }
     }
-    out.push('`');
     out
 }

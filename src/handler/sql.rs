@@ -257,6 +257,7 @@ fn split(text: &str, origin: &str) -> Result<Vec<Statement>, ScriptError> {
     let tokens = Tokenizer::new(&PostgreSqlDialect {}, text)
         .tokenize_with_location()
         .map_err(|e| error(e.location.line, e.message))?;
+    let mut cursor = Cursor::new(text);
     let mut statements = Vec::new();
     for group in tokens.split(|t| t.token == Token::SemiColon) {
         let significant: Vec<&TokenWithSpan> = group
@@ -279,10 +280,15 @@ fn split(text: &str, origin: &str) -> Result<Vec<Statement>, ScriptError> {
                 ),
             ));
         }
-        let source = &text[offset(text, first.span.start)..offset(text, last.span.end)];
-        statements.push(
-            statement(source, &significant, text, line).map_err(|problem| error(line, problem))?,
-        );
+        let starts: Vec<usize> = significant
+            .iter()
+            .take(WORDS)
+            .map(|t| cursor.offset(t.span.start))
+            .collect();
+        let end = cursor.offset(last.span.end);
+        let from: Vec<&str> = starts.iter().map(|start| &text[*start..end]).collect();
+        statements
+            .push(statement(&from, &significant, line).map_err(|problem| error(line, problem))?);
     }
     if statements.is_empty() {
         return Err(error(1, "there is no statement in it".to_owned()));
@@ -290,33 +296,25 @@ fn split(text: &str, origin: &str) -> Result<Vec<Statement>, ScriptError> {
     Ok(statements)
 }
 
-/// Puts the relation before a statement that can read it.
-fn statement(
-    source: &str,
-    tokens: &[&TokenWithSpan],
-    text: &str,
-    line: u64,
-) -> Result<Statement, String> {
+/// Tokens at the start of a statement that are looked at.
+const WORDS: usize = 3;
+
+/// Puts the relation before a statement that can read it. `from` is the
+/// statement from its first token on, from its second, from its third, as far
+/// as it has them.
+fn statement(from: &[&str], tokens: &[&TokenWithSpan], line: u64) -> Result<Statement, String> {
     let word = |index: usize| match tokens.get(index).map(|t| &t.token) {
         Some(Token::Word(word)) if word.quote_style.is_none() => word.value.to_ascii_uppercase(),
         Some(token) => token.to_string(),
         None => String::new(),
     };
-    let start = offset(
-        text,
-        tokens.first().map_or(Location::new(1, 1), |t| t.span.start),
-    );
-    let rest_from = |index: usize| {
-        let from = tokens
-            .get(index)
-            .map_or(start, |t| offset(text, t.span.start));
-        &source[from - start..]
-    };
+    let from = |index: usize| from.get(index).copied().unwrap_or_default();
+    let source = from(0);
     let (text, reads_messages) = match word(0).as_str() {
         "WITH" if word(1) == "RECURSIVE" => {
-            (format!("WITH RECURSIVE {MESSAGE}, {}", rest_from(2)), true)
+            (format!("WITH RECURSIVE {MESSAGE}, {}", from(2)), true)
         }
-        "WITH" => (format!("WITH {MESSAGE}, {}", rest_from(1)), true),
+        "WITH" => (format!("WITH {MESSAGE}, {}", from(1)), true),
         "SELECT" | "INSERT" | "UPDATE" | "DELETE" | "MERGE" | "VALUES" | "TABLE" | "(" => {
             (format!("WITH {MESSAGE} {source}"), true)
         }
@@ -337,25 +335,36 @@ fn statement(
     })
 }
 
-/// Byte offset of a place that the tokenizer counts in lines and characters.
-fn offset(text: &str, place: Location) -> usize {
-    let line = usize::try_from(place.line)
-        .unwrap_or(usize::MAX)
-        .saturating_sub(1);
-    let column = usize::try_from(place.column)
-        .unwrap_or(usize::MAX)
-        .saturating_sub(1);
-    let start = match line {
-        0 => 0,
-        _ => text
-            .match_indices('\n')
-            .nth(line - 1)
-            .map_or(text.len(), |(at, _)| at + 1),
-    };
-    text[start..]
-        .char_indices()
-        .nth(column)
-        .map_or(text.len(), |(at, _)| start + at)
+/// Finds the byte offsets of places that the tokenizer counts in lines and
+/// characters. It goes forward alone: the places of a script, in their order,
+/// cost one walk through it.
+struct Cursor<'a> {
+    text: &'a str,
+    rest: std::str::Chars<'a>,
+    place: Location,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(text: &'a str) -> Self {
+        Self {
+            text,
+            rest: text.chars(),
+            place: Location::new(1, 1),
+        }
+    }
+
+    /// Goes on to `place`, or to the end if that comes first; stays where it is
+    /// if `place` lies behind it.
+    fn offset(&mut self, place: Location) -> usize {
+        while self.place < place {
+            match self.rest.next() {
+                Some('\n') => self.place = Location::new(self.place.line + 1, 1),
+                Some(_) => self.place.column += 1,
+                None => break,
+            }
+        }
+        self.text.len() - self.rest.as_str().len()
+    }
 }
 
 #[cfg(test)]
@@ -405,6 +414,24 @@ mod tests {
                 "WITH message DELETE FROM ü WHERE x = 'ä;ö'",
             ]
         );
+    }
+
+    #[test]
+    fn places_are_found_in_one_walk_through_a_script() {
+        let mut cursor = Cursor::new("ü;\nSELECT 'ä';\r\nx");
+        for (line, column, offset, rest) in [
+            (1, 2, 2, ";\nSELECT 'ä';\r\nx"),
+            (2, 1, 4, "SELECT 'ä';\r\nx"),
+            (2, 11, 15, ";\r\nx"),
+            (2, 11, 15, ";\r\nx"),
+            // Never back.
+            (1, 1, 15, ";\r\nx"),
+            (3, 2, 19, ""),
+            (9, 9, 19, ""),
+        ] {
+            assert_eq!(cursor.offset(Location::new(line, column)), offset);
+            assert_eq!(cursor.rest.as_str(), rest);
+        }
     }
 
     #[test]

@@ -152,6 +152,12 @@ fn a_mistake_about_a_command_is_named_with_its_place_and_a_hint() {
             "configuration file's folder",
         ),
         (
+            "argv = [\"/no/\\u001b[2J\"]",
+            (21, 8),
+            "/no/\\u{1b}[2J: No such file",
+            "configuration file's folder",
+        ),
+        (
             "argv = [\"/bin\"]",
             (21, 8),
             "which is not a file",

@@ -19,7 +19,7 @@ use crate::identity::idempotency_key;
 use crate::message::Message;
 
 /// Longest line of a program, in bytes, its end included.
-pub(super) const LINE_MAX: usize = 64 << 10;
+pub const LINE_MAX: usize = 64 << 10;
 
 /// Longest `error` of an answer, in characters: the journal keeps 2,000.
 const ERROR_CHARS: usize = 1_900;
@@ -47,7 +47,8 @@ struct Request<'a> {
 
 /// The line that hands over `work`, its end included; `id` is what the answer
 /// has to repeat, and `deadline` when it is no longer waited for.
-pub(super) fn request(consumer: &str, id: u64, deadline: f64, work: &Work<'_>) -> Vec<u8> {
+#[must_use]
+pub fn request(consumer: &str, id: u64, deadline: f64, work: &Work<'_>) -> Vec<u8> {
     let message = work.message;
     let body = std::str::from_utf8(&message.body).ok();
     let request = Request {
@@ -124,7 +125,7 @@ struct Greeting {
 /// # Errors
 ///
 /// What is wrong with it.
-pub(super) fn greeting(line: &[u8]) -> Result<(), String> {
+pub fn greeting(line: &[u8]) -> Result<(), String> {
     match serde_json::from_slice::<Greeting>(line) {
         Ok(Greeting { ready: true }) => Ok(()),
         Ok(Greeting { ready: false }) => Err("it says that it is not ready".to_owned()),
@@ -161,9 +162,13 @@ enum Outcome {
 /// # Errors
 ///
 /// What is wrong with the line.
-pub(super) fn answer(line: &[u8], id: u64) -> Result<Result<(), Failure>, String> {
-    let answer: Answer = serde_json::from_slice(line)
-        .map_err(|error| format!("its answer is not understood, {error}: {}", quoted(line)))?;
+pub fn answer(line: &[u8], id: u64) -> Result<Result<(), Failure>, String> {
+    let answer: Answer = serde_json::from_slice(line).map_err(|error| {
+        // It may quote names and values of the program's, of any length.
+        let error = harmless(error.to_string().as_bytes());
+        let error = shortened(&error);
+        format!("its answer is not understood, {error}: {}", quoted(line))
+    })?;
     if answer.id != id {
         return Err(format!(
             "its answer is to message {}, and it has message {id}",
@@ -229,6 +234,15 @@ mod tests {
         let failure = failed(r#"{"id":7,"outcome":"retry","retry_after_ms":18446744073709551615}"#);
         assert_eq!(failure.text, "the program gave no reason");
         assert_eq!(failure.retry_after, Some(RETRY_AFTER_MAX));
+    }
+
+    #[test]
+    fn what_a_program_calls_things_is_shown_escaped_and_shortened() {
+        let problem = answer(br#"{"id":7,"outcome":"done","\u001b[2J":1}"#, 7).unwrap_err();
+        assert!(problem.contains("unknown field `\\u{1b}[2J`"), "{problem}");
+        let long = format!(r#"{{"id":7,"outcome":"{}"}}"#, "x".repeat(5_000));
+        let problem = answer(long.as_bytes(), 7).unwrap_err();
+        assert!(problem.chars().count() < 1_000, "{problem}");
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! for each message and answers with one. `docs/handlers.md` is the contract.
 
 mod group;
-mod line;
+pub mod line;
 mod once;
 mod stream;
 mod words;

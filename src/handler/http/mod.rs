@@ -7,7 +7,7 @@
 
 mod line;
 mod request;
-mod retry_after;
+pub mod retry_after;
 mod signature;
 
 use std::io::{self, Read};

@@ -7,7 +7,8 @@ use crate::config::defaults::RETRY_AFTER_MAX;
 /// The wait that `value` asks for: a number of seconds, or an HTTP date. A date
 /// counts from `date`, the receiver's own clock, or else from `now`. At most
 /// [`RETRY_AFTER_MAX`]; `None` for what is neither, or asks for no wait.
-pub(super) fn wait(value: &str, date: Option<&str>, now: SystemTime) -> Option<Duration> {
+#[must_use]
+pub fn wait(value: &str, date: Option<&str>, now: SystemTime) -> Option<Duration> {
     let value = value.trim();
     let wait = if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
         // So many digits that no number holds them: as long as it gets.

@@ -1,0 +1,1 @@
+DO $$ BEGIN RAISE NOTICE 'x'; END $$; SET LOCAL work_mem = '1MB'

@@ -1,0 +1,1 @@
+INSERT INTO t SELECT body->>'a', body #>> '{b,c}', body @> '{}' FROM message ON CONFLICT DO NOTHING

@@ -1,0 +1,1 @@
+INSERT INTO t SELECT message_id FROM message
