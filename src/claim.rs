@@ -250,17 +250,25 @@ pub struct ServerInfo {
     pub eviction: Option<String>,
 }
 
-/// Connects and asks for what the daemon depends on.
+/// Connects and does what the daemon does.
 ///
 /// # Errors
 ///
 /// When the server cannot be reached or does not let the daemon in.
 pub fn inspect(redis: &checked::Redis) -> anyhow::Result<ServerInfo> {
-    let client = link::client(redis)?;
-    let mut connection = link::connect(&client, redis.connect_timeout, redis.timeout)?;
-    let info: redis::InfoDict = redis::cmd("INFO").arg("server").query(&mut connection)?;
-    let memory: redis::InfoDict = redis::cmd("INFO").arg("memory").query(&mut connection)?;
-    let probe = link::probe_key(&redis.key_prefix);
+    let found = link::Way::new(redis)?
+        .connect(redis.timeout)
+        .and_then(|mut connection| examine(&mut connection, &redis.key_prefix));
+    found.map_err(|error| anyhow::anyhow!(link::describe(&error, redis.timeout)))
+}
+
+fn examine(
+    connection: &mut redis::Connection,
+    key_prefix: &str,
+) -> Result<ServerInfo, redis::RedisError> {
+    let info: redis::InfoDict = redis::cmd("INFO").arg("server").query(connection)?;
+    let memory: redis::InfoDict = redis::cmd("INFO").arg("memory").query(connection)?;
+    let probe = link::probe_key(key_prefix);
     let _: Option<String> = redis::cmd("SET")
         .arg(&probe)
         .arg("c:check")
@@ -268,13 +276,20 @@ pub fn inspect(redis: &checked::Redis) -> anyhow::Result<ServerInfo> {
         .arg("GET")
         .arg("PX")
         .arg(1_000)
-        .query(&mut connection)?;
+        .query(connection)?;
+    let _: i64 = redis::cmd("EVAL")
+        .arg(RENEW)
+        .arg(1)
+        .arg(&probe)
+        .arg("c:check")
+        .arg(1_000)
+        .query(connection)?;
     let _: i64 = redis::cmd("EVAL")
         .arg(RELEASE)
         .arg(1)
         .arg(&probe)
         .arg("c:check")
-        .query(&mut connection)?;
+        .query(connection)?;
     Ok(ServerInfo {
         version: info.get("redis_version").unwrap_or_default(),
         eviction: memory.get("maxmemory_policy"),

@@ -10,18 +10,19 @@ mod runner;
 mod streak;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use crossbeam_channel::{bounded, select};
 
 use crate::backoff::Backoff;
 use crate::config::{Config, checked, defaults};
-use crate::handler::{self, rust::Makers};
+use crate::handler::{self, Handler, rust::Makers};
 use crate::ledger::{self, Schema};
+use crate::observe::Signs;
 use crate::observe::admin::{self, Shown};
 use crate::observe::health::Health;
-use crate::observe::metrics::Metrics;
+use crate::observe::metrics::{Metrics, Server};
 use crate::observe::systemd::Systemd;
 use crate::postgres::{self, Session};
 use crate::random;
@@ -29,6 +30,9 @@ use crate::stop::Stop;
 use fleet::Fleet;
 
 pub use reload::Reloads;
+
+/// Longest wait for PostgreSQL without a sign of life.
+const BEAT: Duration = Duration::from_secs(1);
 
 /// Why the daemon cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -52,12 +56,19 @@ pub enum Fatal {
 ///
 /// [`Fatal`], after the other consumers have been stopped too.
 pub fn run(config: Config, makers: &Makers, stop: &Stop, reloads: &Reloads) -> Result<(), Fatal> {
+    let mut handlers = Vec::new();
     for consumer in &config.consumers {
-        handler::build(consumer, makers).map_err(|e| Fatal::Config(e.to_string()))?;
+        let handler = handler::build(consumer, makers);
+        handlers.push(handler.map_err(|e| Fatal::Config(e.to_string()))?);
     }
     let shown = observe(&config)?;
+    let consumers = config.consumers.iter().zip(&handlers);
+    let waiting: Vec<Signs> = consumers
+        .map(|(consumer, handler)| show(&shown, &config, consumer, handler))
+        .collect();
+    drop(handlers);
     let systemd = Systemd::start(&shown.health, stop);
-    if !prepare_schema(&config, stop)? {
+    if !prepare_schema(&config, &waiting, stop)? {
         return Ok(());
     }
     Fleet::new(config, makers, host(), shown, systemd).run(stop, reloads)
@@ -86,6 +97,23 @@ fn observe(config: &checked::Config) -> Result<Shown, Fatal> {
     Ok(shown)
 }
 
+/// Shows a consumer, of which nothing is known yet but what it is to run.
+fn show(
+    shown: &Shown,
+    config: &checked::Config,
+    consumer: &checked::Consumer,
+    handler: &Handler,
+) -> Signs {
+    let signs = shown.signs(&consumer.name);
+    if config.redis.is_none() {
+        shown.metrics.without(&consumer.name, Server::Redis);
+    }
+    let queue = consumer.topology.queue.as_str();
+    let facts = [queue, handler.kind(), handler.effect().as_str()];
+    shown.metrics.describe(&consumer.name, facts);
+    signs
+}
+
 /// Host name and process id: who wrote a line of the failure journal.
 fn host() -> String {
     let name = nix::unistd::gethostname()
@@ -94,13 +122,14 @@ fn host() -> String {
     format!("{name}/{}", std::process::id())
 }
 
-/// Waits for PostgreSQL and sees to the schema. False when it is time to stop.
-fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> {
+/// Waits for PostgreSQL and sees to the schema; meanwhile `waiting` shows that.
+/// False when it is time to stop.
+fn prepare_schema(config: &checked::Config, waiting: &[Signs], stop: &Stop) -> Result<bool, Fatal> {
     let backoff = backoff(config);
     let mut tries = 0;
     let mut told = None;
     loop {
-        let Some(tried) = try_schema_unless(config, stop)? else {
+        let Some(tried) = try_schema_unless(config, waiting, stop)? else {
             return Ok(false);
         };
         match tried {
@@ -110,7 +139,12 @@ fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> 
                 if told.as_ref() != Some(&error) {
                     log::warn!("waiting for PostgreSQL: {error}");
                 }
-                if stop.wait(backoff.delay(tries, random::draw())) {
+                let delay = backoff.delay(tries, random::draw());
+                for signs in waiting {
+                    signs.pulse.connecting(&format!("PostgreSQL: {error}"));
+                    signs.pulse.beat(delay);
+                }
+                if stop.wait(delay) {
                     return Ok(false);
                 }
                 tries += 1;
@@ -124,6 +158,7 @@ fn prepare_schema(config: &checked::Config, stop: &Stop) -> Result<bool, Fatal> 
 /// PostgreSQL may hang. `None` then.
 fn try_schema_unless(
     config: &checked::Config,
+    waiting: &[Signs],
     stop: &Stop,
 ) -> anyhow::Result<Option<Result<Schema, postgres::Error>>> {
     let (done, tried) = bounded(1);
@@ -135,9 +170,14 @@ fn try_schema_unless(
             done.send(try_schema(&config)).ok();
         })
         .context("failed to start a thread")?;
-    select! {
-        recv(tried) -> result => result.map(Some).context("the schema's thread panicked"),
-        recv(stop.as_receiver()) -> _ => Ok(None),
+    loop {
+        select! {
+            recv(tried) -> result => {
+                return result.map(Some).context("the schema's thread panicked");
+            }
+            recv(stop.as_receiver()) -> _ => return Ok(None),
+            default(BEAT) => waiting.iter().for_each(|signs| signs.pulse.beat(BEAT)),
+        }
     }
 }
 

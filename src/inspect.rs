@@ -15,8 +15,10 @@ use crate::handler::command;
 use crate::handler::http::HttpHandler;
 use crate::handler::sql::SqlHandler;
 use crate::ledger::{self, Schema};
+use crate::observe::admin::OPEN_TO_OTHERS;
 use crate::postgres::{Error, Session};
 use crate::prune;
+use crate::trust;
 
 /// Oldest PostgreSQL that reads a range of pages by `ctid` alone, which pruning
 /// needs, in libpq's form.
@@ -69,11 +71,27 @@ impl fmt::Display for Finding {
 #[must_use]
 pub fn servers(config: &checked::Config) -> Vec<Finding> {
     let mut findings = Findings::default();
+    admin(config, &mut findings);
     postgres(config, &mut findings);
     redis(config, &mut findings);
     broker(config, &mut findings);
     receivers(config, &mut findings);
     findings.0
+}
+
+/// Looks at the address alone: a daemon that runs has it.
+fn admin(config: &checked::Config, findings: &mut Findings) {
+    if let Some(admin) = config
+        .admin
+        .filter(|admin| !admin.listen.ip().is_loopback())
+    {
+        let text = format!(
+            "{}: {OPEN_TO_OTHERS}\n         hint: listen on a loopback address, or let a firewall \
+             see to it",
+            admin.listen
+        );
+        findings.add("admin address", Severity::Warning, text);
+    }
 }
 
 /// Connects to the receivers, and sends them nothing; starts no program.
@@ -290,19 +308,26 @@ fn redis(config: &checked::Config, findings: &mut Findings) {
             "not used: the ledger alone decides",
         );
     };
+    if let Err(error) = trust::check_files(&redis.tls) {
+        return findings.add("Redis", Severity::Wrong, error.to_string());
+    }
     let info = match claim::inspect(redis) {
         Ok(info) => info,
         Err(error) => {
-            let severity = match error.to_string().to_ascii_uppercase() {
-                text if text.contains("NOPERM")
-                    || text.contains("NOAUTH")
-                    || text.contains("AUTH") =>
-                {
-                    Severity::Denied
-                }
-                _ => Severity::Unreachable,
+            let text = error.to_string();
+            // Redis's own words, the last ones about a command in a script.
+            let denied = [
+                "NOPERM",
+                "NOAUTH",
+                "WRONGPASS",
+                "AuthenticationFailed",
+                "can't run this command",
+            ];
+            let severity = match denied.iter().any(|words| text.contains(words)) {
+                true => Severity::Denied,
+                false => Severity::Unreachable,
             };
-            return findings.add("Redis", severity, error.to_string());
+            return findings.add("Redis", severity, text);
         }
     };
     let major = info.version.split('.').next().and_then(|n| n.parse().ok());
@@ -404,7 +429,7 @@ fn broker_severity(error: &crate::broker::error::ConnectError) -> Severity {
     use crate::broker::error::ConnectError;
     match error {
         ConnectError::LoginRefused { .. } | ConnectError::Vhost { .. } => Severity::Denied,
-        ConnectError::Address(_) => Severity::Wrong,
+        ConnectError::Address(_) | ConnectError::Trust(_) => Severity::Wrong,
         _ => Severity::Unreachable,
     }
 }

@@ -76,6 +76,9 @@ impl Pool {
             shutdown_timeout: config.daemon.shutdown_timeout,
             signs: signs.clone(),
         };
+        // The gate of these workers is open, whatever the last one's was.
+        signs.meter.resumed();
+        signs.pulse.resumed();
         let claims = claims(config, consumer, signs)?;
         let renewal = renewal(config, consumer, &claims)?;
         let mut claims = claims.into_iter();

@@ -8,11 +8,12 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgDatabaseError, PgSeverity};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgDatabaseError, PgSeverity, PgSslMode};
 use sqlx::{ConnectOptions, Connection};
 
-use crate::config::checked;
+use crate::config::checked::{self, SslMode};
 use crate::failure::{Class, Failure, class_of_sqlstate};
+use crate::trust;
 
 /// How much longer than the server's own `statement_timeout` a reply is waited
 /// for: past it the server or the network is taken for dead.
@@ -74,7 +75,7 @@ impl Session {
     pub fn open(config: &checked::Postgres, purpose: &str) -> Result<Self, Error> {
         let options = connect_options(config, purpose)?;
         let unreachable = |cause: String| Error::Unreachable {
-            address: format!("{}:{}", options.get_host(), options.get_port()),
+            address: address(&options),
             cause,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -238,15 +239,10 @@ async fn settle(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
 fn connect_options(config: &checked::Postgres, purpose: &str) -> Result<PgConnectOptions, Error> {
     // sqlx's own error would print the URL, and with it the password.
     let options = PgConnectOptions::from_str(config.url.expose()).map_err(|_| {
-        Error::Refused(Failure {
-            class: Class::Systemic,
-            code: None,
-            text: "failed to read the PostgreSQL URL: see `ackonce check`".to_owned(),
-            retry_after: None,
-        })
+        unusable("failed to read the PostgreSQL URL: see `ackonce check`".to_owned())
     })?;
     let milliseconds = |d: Duration| d.as_millis().to_string();
-    Ok(options
+    Ok(with_tls(options, config)?
         .application_name(&format!("ackonce {purpose}"))
         .options([
             ("statement_timeout", milliseconds(config.statement_timeout)),
@@ -268,9 +264,69 @@ fn connect_options(config: &checked::Postgres, purpose: &str) -> Result<PgConnec
         .log_slow_statements(log::LevelFilter::Off, Duration::ZERO))
 }
 
+/// What is configured cannot be used.
+fn unusable(text: String) -> Error {
+    Error::Refused(Failure {
+        class: Class::Systemic,
+        code: None,
+        text,
+        retry_after: None,
+    })
+}
+
+/// What the configuration says about TLS, in the place of what the URL says.
+fn with_tls(
+    options: PgConnectOptions,
+    config: &checked::Postgres,
+) -> Result<PgConnectOptions, Error> {
+    // In a certificate an IPv6 address stands without brackets.
+    let host = options.get_host();
+    let bare = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'));
+    let options = match bare.map(str::to_owned) {
+        Some(host) => options.host(&host),
+        None => options,
+    };
+    let options = options.ssl_mode(match config.ssl_mode {
+        SslMode::Disable => PgSslMode::Disable,
+        SslMode::Prefer => PgSslMode::Prefer,
+        SslMode::Require => PgSslMode::Require,
+        SslMode::VerifyCa => PgSslMode::VerifyCa,
+        SslMode::VerifyFull => PgSslMode::VerifyFull,
+    });
+    if !matches!(config.ssl_mode, SslMode::VerifyCa | SslMode::VerifyFull) {
+        return Ok(options);
+    }
+    let pem = trust::pem(&config.tls).map_err(|error| unusable(error.to_string()))?;
+    // Nothing, and not what an environment variable of libpq's may name.
+    let options = options.ssl_root_cert_from_pem(pem.authorities.unwrap_or_default());
+    Ok(match pem.client {
+        None => options,
+        Some((certificate, key)) => options
+            .ssl_client_cert_from_pem(certificate)
+            .ssl_client_key_from_pem(key),
+    })
+}
+
+fn address(options: &PgConnectOptions) -> String {
+    format!("{}:{}", options.get_host(), options.get_port())
+}
+
+/// sqlx's words, or those of TLS with the way out.
+fn explained(error: &sqlx::Error) -> String {
+    match (trust::tls_error(error), error) {
+        (Some(tls), _) => format!("TLS failed: {}", trust::explained(tls)),
+        (None, sqlx::Error::Tls(cause)) => {
+            format!("TLS failed: {cause}; is `ssl` on in the server's postgresql.conf?")
+        }
+        (None, error) => error.to_string(),
+    }
+}
+
 fn from_sqlx(error: &sqlx::Error) -> Error {
     let sqlx::Error::Database(database) = error else {
-        return Error::Lost(error.to_string());
+        return Error::Lost(explained(error));
     };
     let Some(pg) = database.try_downcast_ref::<PgDatabaseError>() else {
         return Error::Lost(error.to_string());

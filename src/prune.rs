@@ -9,12 +9,14 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
 use crate::config::{checked, format_duration};
 use crate::ledger::prune::{Age, Counts, Place, Sweeper, Table, Uncovered};
+use crate::observe::metrics::Metrics;
 use crate::postgres::{Error, Session};
 use crate::stop::Stop;
 
@@ -51,21 +53,22 @@ pub enum Round {
     Early,
 }
 
-/// Starts the daemon's pruning. It ends with `stop`; nobody needs to wait for
+/// Starts the daemon's pruning, which is counted in `metrics`. It ends with `stop`; nobody needs to wait for
 /// it, since a batch that is cut off is a transaction that did not happen.
 ///
 /// # Errors
 ///
 /// When the thread cannot be started.
-pub fn start(config: &checked::Config, stop: &Stop) -> anyhow::Result<()> {
+pub fn start(config: &checked::Config, metrics: &Arc<Metrics>, stop: &Stop) -> anyhow::Result<()> {
     let (postgres, ledger) = (config.postgres.clone(), config.ledger.clone());
+    let metrics = Arc::clone(metrics);
     let stop = stop.clone();
     std::thread::Builder::new()
         .name("prune".to_owned())
         .spawn(move || {
             let mut told = Told::default();
             loop {
-                let once = || daily_and_round(&postgres, &ledger, &mut told, &stop);
+                let once = || daily_and_round(&postgres, &ledger, &metrics, &mut told, &stop);
                 if catch_unwind(AssertUnwindSafe(once)).is_err() {
                     log::error!("pruning panicked");
                 }
@@ -88,6 +91,7 @@ struct Told {
 fn daily_and_round(
     postgres: &checked::Postgres,
     ledger: &checked::Ledger,
+    metrics: &Metrics,
     told: &mut Told,
     stop: &Stop,
 ) {
@@ -102,6 +106,14 @@ fn daily_and_round(
         }
         round(&mut sweeper, ledger, stop)
     });
+    if let Ok(Round::Through(counts) | Round::Stopped(counts)) = &result {
+        metrics.pruned([
+            counts.ledger,
+            counts.journal,
+            counts.suspects,
+            counts.claims,
+        ]);
+    }
     match result {
         Ok(Round::Through(counts) | Round::Stopped(counts)) if counts.total() > 0 => log::info!(
             ledger = counts.ledger, journal = counts.journal, suspects = counts.suspects,

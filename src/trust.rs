@@ -2,20 +2,171 @@
 //! in plain words what it did not like about a peer. Knows no protocol above
 //! TLS.
 
+use std::error::Error;
+use std::fmt::Write as _;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustls::pki_types::CertificateDer;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use rustls::pki_types::pem::{Error as PemError, PemObject};
-use rustls::{CertificateError, InvalidMessage, PeerIncompatible, RootCertStore};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, InvalidMessage, PeerIncompatible,
+    RootCertStore,
+};
 
-/// The authorities to trust could not be loaded.
+use crate::config::checked::{ClientCertificate, Tls};
+
+/// Whom to trust, or who we are, could not be loaded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("failed to load trusted certificates from {}: {detail}", origin.display())]
+#[error("failed to load {what} from {}: {detail}", origin.display())]
 pub struct Untrusting {
+    /// What was to be loaded.
+    pub what: &'static str,
     /// The file, or `the system` for the system's store.
     pub origin: PathBuf,
     /// What is wrong with it.
     pub detail: String,
+}
+
+const AUTHORITIES: &str = "trusted certificates";
+const CERTIFICATE: &str = "the client certificate";
+const KEY: &str = "the client certificate's key";
+
+/// Why there can be no TLS at all.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// A file is of no use.
+    #[error(transparent)]
+    Files(#[from] Untrusting),
+    /// The TLS library cannot do what is asked of it.
+    #[error("failed to set up TLS: {0}")]
+    Library(#[from] rustls::Error),
+}
+
+/// TLS as `tls` has it: TLS 1.2 or 1.3, the peer always verified.
+///
+/// # Errors
+///
+/// [`SetupError`].
+pub fn client(tls: &Tls) -> Result<ClientConfig, SetupError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(authorities(tls.ca_file.as_deref())?);
+    let Some(files) = &tls.client else {
+        return Ok(config.with_no_client_auth());
+    };
+    let (chain, key) = identity(files)?;
+    let config = config.with_client_auth_cert(chain, key).map_err(|error| {
+        let key_file = files.key_file.display();
+        Untrusting {
+            what: CERTIFICATE,
+            origin: files.cert_file.clone(),
+            detail: format!("{error}; does it belong to the key in {key_file}?"),
+        }
+    })?;
+    Ok(config)
+}
+
+/// Whether the files that `tls` names, if any, are of use.
+///
+/// # Errors
+///
+/// [`SetupError`], as [`client`].
+pub fn check_files(tls: &Tls) -> Result<(), SetupError> {
+    if *tls == Tls::default() {
+        return Ok(());
+    }
+    client(tls).map(drop)
+}
+
+/// The files of a [`Tls`] in PEM, for libraries that want them so. That they
+/// are of use was checked.
+#[derive(Default)]
+pub struct Pem {
+    /// The authorities of `ca_file`; `None`: the system's.
+    pub authorities: Option<Vec<u8>>,
+    /// The client's certificate and its key.
+    pub client: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Loads the files of `tls`.
+///
+/// # Errors
+///
+/// [`SetupError`], as [`client`].
+pub fn pem(tls: &Tls) -> Result<Pem, SetupError> {
+    client(tls)?;
+    let encode = |label, parts: &[&[u8]]| {
+        let texts: String = parts.iter().map(|der| to_pem(label, der)).collect();
+        texts.into_bytes()
+    };
+    let certificates = |chain: &[CertificateDer<'_>]| {
+        let parts: Vec<&[u8]> = chain.iter().map(AsRef::as_ref).collect();
+        encode("CERTIFICATE", &parts)
+    };
+    let mut found = Pem::default();
+    if let Some(path) = &tls.ca_file {
+        found.authorities = Some(certificates(&load(path, AUTHORITIES)?));
+    }
+    if let Some(files) = &tls.client {
+        let (chain, key) = identity(files)?;
+        let label = match &key {
+            PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
+            PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
+            _ => "PRIVATE KEY",
+        };
+        found.client = Some((certificates(&chain), encode(label, &[key.secret_der()])));
+    }
+    Ok(found)
+}
+
+fn to_pem(label: &str, der: &[u8]) -> String {
+    let text = BASE64_STANDARD.encode(der);
+    let mut pem = format!("-----BEGIN {label}-----\n");
+    for line in text.as_bytes().chunks(64) {
+        // Writing to a String cannot fail, and base64 is ASCII.
+        let _ = writeln!(pem, "{}", String::from_utf8_lossy(line));
+    }
+    let _ = writeln!(pem, "-----END {label}-----");
+    pem
+}
+
+fn identity(
+    files: &ClientCertificate,
+) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), Untrusting> {
+    let chain = load(&files.cert_file, CERTIFICATE)?;
+    let key = PrivateKeyDer::from_pem_file(&files.key_file).map_err(|error| Untrusting {
+        what: KEY,
+        origin: files.key_file.clone(),
+        detail: match error {
+            PemError::NoItemsFound => "it holds no private key without a pass phrase".to_owned(),
+            error => pem_text(&error),
+        },
+    })?;
+    Ok((chain, key))
+}
+
+/// The certificates of one file, at least one.
+fn load(path: &Path, what: &'static str) -> Result<Vec<CertificateDer<'static>>, Untrusting> {
+    let failed = |detail: String| Untrusting {
+        what,
+        origin: path.to_owned(),
+        detail,
+    };
+    let found = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| failed(pem_text(&error)))?;
+    if found.is_empty() {
+        return Err(failed(
+            "it holds no certificate; it must be a PEM file with BEGIN CERTIFICATE lines"
+                .to_owned(),
+        ));
+    }
+    Ok(found)
 }
 
 /// Those of `ca_file`, or else the system's.
@@ -38,34 +189,61 @@ pub fn authorities(ca_file: Option<&Path>) -> Result<RootCertStore, Untrusting> 
             None => "there are none".to_owned(),
         };
         return Err(Untrusting {
+            what: AUTHORITIES,
             origin: PathBuf::from("the system"),
             detail: format!("{detail}; install ca-certificates, or set ca_file"),
         });
     };
-    let failed = |detail: String| Untrusting {
-        origin: path.to_owned(),
-        detail,
-    };
-    for certificate in CertificateDer::pem_file_iter(path).map_err(|error| failed(pem(&error)))? {
-        let certificate = certificate.map_err(|error| failed(pem(&error)))?;
-        store
-            .add(certificate)
-            .map_err(|error| failed(error.to_string()))?;
-    }
-    if store.is_empty() {
-        return Err(failed(
-            "it holds no certificate; ca_file must be a PEM file with BEGIN CERTIFICATE lines"
-                .to_owned(),
-        ));
+    for certificate in load(path, AUTHORITIES)? {
+        store.add(certificate).map_err(|error| Untrusting {
+            what: AUTHORITIES,
+            origin: path.to_owned(),
+            detail: error.to_string(),
+        })?;
     }
     Ok(store)
 }
 
 /// The library's own words for an I/O error do not name its cause.
-fn pem(error: &PemError) -> String {
+fn pem_text(error: &PemError) -> String {
     match error {
         PemError::Io(error) => error.to_string(),
         other => other.to_string(),
+    }
+}
+
+/// What TLS said, if that is what `error` comes from.
+#[must_use]
+pub fn tls_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e rustls::Error> {
+    type Shared = Arc<dyn Error + Send + Sync>;
+
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        // Neither of these names what it wraps as its source.
+        next = if let Some(shared) = error.downcast_ref::<Shared>() {
+            Some(&**shared)
+        } else {
+            match error
+                .downcast_ref::<io::Error>()
+                .and_then(io::Error::get_ref)
+            {
+                Some(inner) => Some(inner),
+                None => error.source(),
+            }
+        };
+    }
+    None
+}
+
+/// What TLS said, with the way out where there is one.
+#[must_use]
+pub fn explained(error: &rustls::Error) -> String {
+    match TlsProblem::of(error).hint() {
+        Some(hint) => format!("{error}; {hint}"),
+        None => error.to_string(),
     }
 }
 
@@ -82,6 +260,8 @@ pub enum TlsProblem {
     NotYetValid,
     /// The port answered with something that is not TLS.
     NotTls,
+    /// The peer wants a certificate of ours, or another one.
+    ClientRefused,
     /// Anything else; the detail says what.
     Other,
 }
@@ -113,6 +293,16 @@ impl TlsProblem {
             | rustls::Error::PeerIncompatible(
                 PeerIncompatible::ServerSentHelloRetryRequestWithUnknownExtension,
             ) => Self::NotTls,
+            rustls::Error::AlertReceived(
+                AlertDescription::CertificateRequired
+                | AlertDescription::BadCertificate
+                | AlertDescription::UnsupportedCertificate
+                | AlertDescription::CertificateRevoked
+                | AlertDescription::CertificateExpired
+                | AlertDescription::CertificateUnknown
+                | AlertDescription::UnknownCA
+                | AlertDescription::AccessDenied,
+            ) => Self::ClientRefused,
             _ => Self::Other,
         }
     }
@@ -138,6 +328,10 @@ impl TlsProblem {
             Self::NotTls => {
                 Some("the port does not speak TLS; is it the one for plain connections?")
             }
+            Self::ClientRefused => Some(
+                "the server wants a client certificate that it trusts; set client_cert_file and \
+                 client_key_file, and see the server's log",
+            ),
             Self::Other => None,
         }
     }

@@ -27,9 +27,9 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("lifecycle", &["message", "failure"]),
         ("identity", &["message", "config"]),
         ("flights", &["message"]),
-        ("observe", &["config", "message", "failure"]),
+        ("observe", &["config", "message", "failure", "stop"]),
     ],
-    &[("postgres", &[]), ("trust", &[])],
+    &[("postgres", &["trust"]), ("trust", &[])],
     &[
         ("broker", &[]),
         ("claim", &[]),

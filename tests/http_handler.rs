@@ -30,7 +30,7 @@ use common::{Answer, Receiver, eventually};
 /// A handler with the keys `lines`, of a consumer called `orders`.
 fn configured(lines: &str) -> checked::HttpHandler {
     let text = format!(
-        "[broker]\nurl = 'amqp://h'\n[redis]\nenabled = false\n[postgres]\nurl = 'postgres://h/d'\n\
+        "[broker]\nurl = 'amqp://localhost'\n[redis]\nenabled = false\n[postgres]\nurl = 'postgres://localhost/d'\n\
          [[consumer]]\nname = 'orders'\n[consumer.handler]\ntype = 'http'\n{lines}"
     );
     let config = config::parse(&text, Path::new("/x"), &|_| None);

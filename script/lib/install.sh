@@ -8,12 +8,11 @@ have_compiled_c() {
         cc -x c -o /dev/null - >/dev/null 2>&1
 }
 
-# python_with_pika: a Python that can speak AMQP through pika, a client that
-# is not ours.
-python_with_pika() {
+# python_with MODULE: a Python that has it.
+python_with() {
     local python
     for python in python3 /usr/bin/python3; do
-        if have "$python" && "$python" -c 'import pika' >/dev/null 2>&1; then
+        if have "$python" && "$python" -c "import $1" >/dev/null 2>&1; then
             command -v "$python"
             return 0
         fi
@@ -40,7 +39,11 @@ missing_packages() {
                 have_compiled_c || printf '%s\n' gcc libc6-dev
                 ;;
             tests)
-                python_with_pika >/dev/null || echo python3-pika
+                python_with pika >/dev/null || echo python3-pika
+                # Reads the YAML of ops/.
+                python_with yaml >/dev/null || echo python3-yaml
+                # Brings promtool along.
+                { have prometheus && have promtool; } || echo prometheus
                 have shellcheck || echo shellcheck
             # For daemons whose clock is off.
             have faketime || echo faketime
@@ -78,7 +81,7 @@ apt_install() {
     local policy=/usr/sbin/policy-rc.d unit units=()
     exec 8>/run/ackonce-install.lock
     flock 8
-    for unit in rabbitmq-server redis-server postgresql epmd; do
+    for unit in rabbitmq-server redis-server postgresql epmd prometheus; do
         if [[ ! -e /lib/systemd/system/$unit.service && ! -e /etc/init.d/$unit ]]; then
             units+=("$unit.service")
             [[ $unit != epmd ]] || units+=(epmd.socket)
@@ -109,10 +112,12 @@ explain_packages() {
 Install these yourself; only Debian and Ubuntu are done for you:
             servers                                   building     tests
   Fedora    rabbitmq-server valkey postgresql-server  gcc          python3-pika ShellCheck
-            postgresql curl
+            postgresql curl                                        python3-pyyaml prometheus
   Arch      rabbitmq valkey postgresql curl           gcc          python-pika shellcheck
-  macOS     brew install rabbitmq redis               xcode-select pip install pika,
+                                                                   python-yaml prometheus
+  macOS     brew install rabbitmq redis               xcode-select pip install pika pyyaml,
             postgresql@16 bash                        --install    brew install shellcheck
+                                                                   prometheus
 Their system services need not run: private ones are started on free ports.
 END
 }

@@ -25,6 +25,7 @@ use super::publisher::{Fate, Limits, PublishError, Publisher, Seq};
 use super::topology;
 use crate::backoff::Backoff;
 use crate::config::checked;
+use crate::message::Purpose;
 use crate::random;
 
 /// What may be unconfirmed, and how long the broker may block one message.
@@ -46,8 +47,8 @@ const CALL_WITHIN: Duration = Duration::from_secs(10);
 /// What became of the copy of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Delivered {
-    /// The broker has it: the original can go.
-    Yes,
+    /// The broker has it, for this: the original can go.
+    Yes(Purpose),
     /// It was not sent, or nobody knows: the original stays.
     No,
     /// It cannot be sent: its headers leave no room for the daemon's own.
@@ -318,7 +319,7 @@ impl Clerk {
                 Fate::Confirmed => {
                     self.failures = 0;
                     self.lanes.succeeded(copy.lane());
-                    self.report(copy.tag(), Delivered::Yes)?;
+                    self.report(copy.tag(), Delivered::Yes(copy.purpose()))?;
                     continue;
                 }
                 Fate::Returned { text, .. } => {

@@ -2,7 +2,6 @@
 //! as types a caller can branch on. No message shows a password.
 
 use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -10,6 +9,7 @@ use thiserror::Error;
 use super::address::AddressError;
 use super::cause::Cause;
 pub use crate::trust::TlsProblem;
+use crate::trust::{self, Untrusting};
 
 /// What a connection was waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,14 +81,9 @@ pub enum ConnectError {
         /// The whole time it had.
         within: Duration,
     },
-    /// The authorities to trust could not be loaded.
-    #[error("failed to load trusted certificates from {}: {detail}", origin.display())]
-    Authorities {
-        /// The file, or `the system` for the system's store.
-        origin: PathBuf,
-        /// What is wrong with it.
-        detail: String,
-    },
+    /// The authorities to trust, or the client certificate, could not be loaded.
+    #[error(transparent)]
+    Trust(#[from] Untrusting),
     /// The TLS handshake failed.
     #[error(
         "failed to set up TLS with {address}: {detail}; {}",
@@ -187,9 +182,18 @@ impl ConnectError {
                 code: *code,
                 text: message.clone(),
             },
-            other => Self::Protocol {
-                address,
-                detail: other.to_string(),
+            // With TLS 1.3 a server refuses a client certificate, or misses
+            // it, when the client has long begun to talk.
+            other => match trust::tls_error(other) {
+                Some(tls) => Self::Tls {
+                    address,
+                    problem: TlsProblem::of(tls),
+                    detail: tls.to_string(),
+                },
+                None => Self::Protocol {
+                    address,
+                    detail: other.to_string(),
+                },
             },
         }
     }

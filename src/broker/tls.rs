@@ -14,14 +14,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mio::{Evented, Poll, PollOpt, Ready, Token};
+use rustls::ClientConnection;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection};
 
 use super::address::Address;
 use super::error::{ConnectError, Stage, TlsProblem};
 use super::transport::DeadlineStream;
 use crate::config::checked::Broker;
-use crate::trust;
+use crate::trust::{self, SetupError};
 
 /// A handshake that ended, over the socket it was made on.
 pub(super) fn connect(
@@ -91,23 +91,15 @@ fn client(broker: &Broker, address: &Address) -> Result<ClientConnection, Connec
         problem: TlsProblem::Other,
         detail: error.to_string(),
     };
-    let authorities = trust::authorities(broker.ca_file.as_deref()).map_err(|error| {
-        ConnectError::Authorities {
-            origin: error.origin,
-            detail: error.detail,
-        }
+    let config = trust::client(&broker.tls).map_err(|error| match error {
+        SetupError::Files(error) => ConnectError::Trust(error),
+        SetupError::Library(error) => failed(error),
     })?;
     let name = ServerName::try_from(address.host.clone()).map_err(|error| ConnectError::Tls {
         address: address.to_string(),
         problem: TlsProblem::WrongHost,
         detail: error.to_string(),
     })?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(failed)?
-        .with_root_certificates(authorities)
-        .with_no_client_auth();
     ClientConnection::new(Arc::new(config), name).map_err(failed)
 }
 
@@ -168,12 +160,27 @@ impl<S: Read> Read for TlsStream<S> {
     }
 }
 
-impl<S: Write> Write for TlsStream<S> {
+impl<S: Read + Write> Write for TlsStream<S> {
     /// After `WouldBlock` the next call must begin with the same bytes.
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         if buf.is_empty() {
             return Ok(0);
         }
+        self.encrypt(buf).map_err(|error| match error.kind() {
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                self.last_words().unwrap_or(error)
+            }
+            _ => error,
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        flush(&mut self.tls, &mut self.socket)
+    }
+}
+
+impl<S: Read + Write> TlsStream<S> {
+    fn encrypt(&mut self, buf: &[u8]) -> io::Result<usize> {
         flush(&mut self.tls, &mut self.socket)?;
         if self.unreported == 0 {
             self.unreported = self.tls.writer().write(buf)?;
@@ -188,8 +195,15 @@ impl<S: Write> Write for TlsStream<S> {
         Ok(std::mem::take(&mut self.unreported))
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        flush(&mut self.tls, &mut self.socket)
+    /// Why the peer hung up, if it said so: with TLS 1.3 it refuses a client
+    /// certificate when the client has long begun to write.
+    fn last_words(&mut self) -> Option<io::Error> {
+        while let Ok(1..) = self.tls.read_tls(&mut self.socket) {
+            if let Err(error) = self.tls.process_new_packets() {
+                return Some(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+        }
+        None
     }
 }
 
@@ -214,7 +228,7 @@ mod tests {
 
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    use rustls::{RootCertStore, ServerConfig, ServerConnection};
+    use rustls::{ClientConfig, RootCertStore, ServerConfig, ServerConnection};
 
     use super::*;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use redis::{Connection, Script, Value};
 
-use super::link::{client, connect};
+use super::link::{Way, describe};
 use super::{Claim, Tokens, milliseconds, read};
 use crate::config::checked;
 use crate::message::MessageId;
@@ -49,7 +49,9 @@ impl Inspector {
         consumer: &checked::Consumer,
         ledger_id: &str,
     ) -> anyhow::Result<Self> {
-        let connection = connect(&client(redis)?, redis.connect_timeout, redis.timeout)?;
+        let connection = Way::new(redis)?
+            .connect(redis.timeout)
+            .map_err(|error| anyhow::anyhow!(describe(&error, redis.timeout)))?;
         Ok(Self {
             connection,
             stem: format!("{}:{ledger_id}:{}:", redis.key_prefix, consumer.name),

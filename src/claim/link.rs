@@ -5,22 +5,22 @@ use std::time::{Duration, Instant};
 use std::sync::Arc;
 
 use redis::{
-    Client, Connection, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, Pipeline,
-    RedisError, Value,
+    Client, ClientTlsConfig, Connection, ConnectionAddr, ConnectionInfo, ErrorKind,
+    IntoConnectionInfo, Pipeline, RedisError, TlsCertificates, Value,
 };
 
 use super::RELEASE;
 use super::switches::{Permit, Switches};
-use crate::config::checked;
+use crate::config::checked::{self, Tls};
 use crate::random;
+use crate::trust;
 
 /// How long the key of a probe may stay, should nobody remove it.
 const PROBE_TTL_MS: u64 = 1_000;
 
 /// A connection that comes back by itself, and is not used while Redis is away.
 pub(super) struct Link {
-    client: Client,
-    connect_timeout: Duration,
+    way: Way,
     timeout: Duration,
     connection: Option<(Permit, Connection)>,
     pub(super) switches: Arc<Switches>,
@@ -29,8 +29,7 @@ pub(super) struct Link {
 impl Link {
     pub(super) fn new(redis: &checked::Redis, switches: &Arc<Switches>) -> anyhow::Result<Self> {
         Ok(Self {
-            client: client(redis)?,
-            connect_timeout: redis.connect_timeout,
+            way: Way::new(redis)?,
             timeout: redis.timeout,
             connection: None,
             switches: Arc::clone(switches),
@@ -85,7 +84,7 @@ impl Link {
             }
         }
         self.connection = None;
-        let connection = connect(&self.client, self.connect_timeout, self.timeout)?;
+        let connection = self.way.connect(self.timeout)?;
         let (_, connection) = self.connection.insert((permit, connection));
         replies(connection, pipeline, self.timeout)
     }
@@ -101,7 +100,9 @@ impl Link {
         set.arg("NX").arg("GET").arg("PX").arg(PROBE_TTL_MS);
         let eval = pipeline.cmd("EVAL").arg(RELEASE).arg(1);
         eval.arg(&key).arg("c:probe");
-        let asked = connect(&self.client, self.connect_timeout, within)
+        let asked = self
+            .way
+            .connect(within)
             .and_then(|mut connection| replies(&mut connection, &pipeline, within))
             .map_err(|error| describe(&error, within))?;
         match refusal(&asked) {
@@ -120,35 +121,62 @@ pub(super) fn probe_key(key_prefix: &str) -> String {
     format!("{key_prefix}:probe:{:016x}", random::draw())
 }
 
-pub(super) fn client(redis: &checked::Redis) -> anyhow::Result<Client> {
-    // redis's own error may quote the URL, and with it the password.
-    let info: ConnectionInfo = redis
-        .url
-        .expose()
-        .into_connection_info()
-        .map_err(|_| anyhow::anyhow!("failed to read the Redis URL: see `ackonce check`"))?;
-    // Each command sent while connecting may take as long as all the rest.
-    let settings = info.redis_settings().clone().set_skip_set_lib_name();
-    let info = info.set_redis_settings(settings);
-    let info = match info.addr() {
-        ConnectionAddr::Unix(_) => info,
-        _ => {
-            let tcp = info.tcp_settings().clone().set_nodelay(true);
-            info.set_tcp_settings(tcp)
-        }
-    };
-    Ok(Client::open(info)?)
+/// How Redis is reached: its URL, understood, and the files for TLS.
+pub(super) struct Way {
+    info: ConnectionInfo,
+    tls: Tls,
+    connect_timeout: Duration,
 }
 
-pub(super) fn connect(
-    client: &Client,
-    connect_timeout: Duration,
-    timeout: Duration,
-) -> Result<Connection, RedisError> {
-    let connection = client.get_connection_with_timeout(connect_timeout)?;
-    connection.set_read_timeout(Some(timeout))?;
-    connection.set_write_timeout(Some(timeout))?;
-    Ok(connection)
+impl Way {
+    pub(super) fn new(redis: &checked::Redis) -> anyhow::Result<Self> {
+        // redis's own error may quote the URL, and with it the password.
+        let info: ConnectionInfo =
+            redis.url.expose().into_connection_info().map_err(|_| {
+                anyhow::anyhow!("failed to read the Redis URL: see `ackonce check`")
+            })?;
+        // Each command sent while connecting may take as long as all the rest.
+        let settings = info.redis_settings().clone().set_skip_set_lib_name();
+        let info = info.set_redis_settings(settings);
+        let info = match info.addr() {
+            ConnectionAddr::Unix(_) => info,
+            _ => {
+                let tcp = info.tcp_settings().clone().set_nodelay(true);
+                info.set_tcp_settings(tcp)
+            }
+        };
+        Ok(Self {
+            info,
+            tls: redis.tls.clone(),
+            connect_timeout: redis.connect_timeout,
+        })
+    }
+
+    /// A connection whose replies are waited for so long.
+    pub(super) fn connect(&self, timeout: Duration) -> Result<Connection, RedisError> {
+        let client = match self.info.addr() {
+            ConnectionAddr::TcpTls { .. } => {
+                Client::build_with_tls(self.info.clone(), self.certificates()?)?
+            }
+            _ => Client::open(self.info.clone())?,
+        };
+        let connection = client.get_connection_with_timeout(self.connect_timeout)?;
+        connection.set_read_timeout(Some(timeout))?;
+        connection.set_write_timeout(Some(timeout))?;
+        Ok(connection)
+    }
+
+    fn certificates(&self) -> Result<TlsCertificates, RedisError> {
+        let pem = trust::pem(&self.tls).map_err(std::io::Error::other)?;
+        let client = |(client_cert, client_key)| ClientTlsConfig {
+            client_cert,
+            client_key,
+        };
+        Ok(TlsCertificates {
+            client_tls: pem.client.map(client),
+            root_cert: pem.authorities,
+        })
+    }
 }
 
 /// Reply by reply: `Pipeline::query` would go on reading after the first that
@@ -180,17 +208,28 @@ fn replies(
 /// The first error that is about more than the key it was given.
 fn refusal(replies: &[Value]) -> Option<String> {
     replies.iter().find_map(|reply| match reply {
-        // In the server's own words: the code is what one looks for.
-        Value::ServerError(error) if error.code() != "WRONGTYPE" => {
-            Some([error.code(), error.details().unwrap_or_default()].join(" "))
-        }
+        Value::ServerError(error) if error.code() != "WRONGTYPE" => Some(in_its_own_words(
+            error.code(),
+            error.details().unwrap_or_default(),
+        )),
         _ => None,
     })
 }
 
-fn describe(error: &RedisError, within: Duration) -> String {
+/// What the server said: its code is what one looks for.
+fn in_its_own_words(code: &str, detail: &str) -> String {
+    [code, detail].join(" ")
+}
+
+pub(super) fn describe(error: &RedisError, within: Duration) -> String {
     if error.is_timeout() {
         return format!("no answer within {within:?}");
+    }
+    if let Some(tls) = trust::tls_error(error) {
+        return format!("TLS failed: {}", trust::explained(tls));
+    }
+    if let (Some(code), Some(detail)) = (error.code(), error.detail()) {
+        return in_its_own_words(code, detail);
     }
     match error.kind() {
         ErrorKind::Parse => format!("the server does not speak Redis's protocol: {error}"),

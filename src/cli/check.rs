@@ -45,6 +45,13 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
         "ok       configuration: {path}, {} consumer(s)",
         config.consumers.len()
     );
+    for path in config::exposed_keys(&config) {
+        output(&format!(
+            "warning  key file: {} can be read by everybody on this machine\n         hint: chmod \
+             o= it, and let the daemon's user or group own it\n",
+            path.display()
+        ));
+    }
     if arguments.offline {
         return Ok(Exit::Success);
     }

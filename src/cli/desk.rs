@@ -109,7 +109,7 @@ pub(super) fn trouble(trouble: Trouble) -> Exit {
 /// The status for a connection that could not be made.
 pub(super) fn connect(error: &ConnectError) -> Exit {
     match error {
-        ConnectError::Address(_) | ConnectError::Authorities { .. } => Exit::Config,
+        ConnectError::Address(_) | ConnectError::Trust(_) => Exit::Config,
         ConnectError::LoginRefused { .. } | ConnectError::Vhost { .. } => Exit::Denied,
         _ => Exit::Unreachable,
     }

@@ -2,11 +2,15 @@
 //! Made only by [`super::load`]; nothing in the rest of the house reads
 //! what the user typed.
 
+mod servers;
+
 use std::fmt;
 use std::time::Duration;
 
 use super::duration;
 use crate::failure::Overrides;
+
+pub use servers::{Broker, ClientCertificate, Postgres, Redis, SslMode, Tls};
 
 /// A string that never shows in logs, errors or `Debug` output.
 #[derive(Clone, PartialEq, Eq)]
@@ -51,51 +55,6 @@ pub struct Config {
     pub log_format: LogFormat,
     /// `[[consumer]]`, at least one, names unique.
     pub consumers: Vec<Consumer>,
-}
-
-/// `[broker]`: the RabbitMQ server, or the nodes of a cluster.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Broker {
-    /// `amqp://` or `amqps://` URLs of one broker or of the nodes of one
-    /// cluster, tried in turn: 1 to 16, each once.
-    pub urls: Vec<Secret>,
-    /// PEM file with the certificate authorities to trust instead of the
-    /// system's (`amqps` only).
-    pub ca_file: Option<std::path::PathBuf>,
-    /// Interval between heartbeats, 5 s to 15 s, whole seconds.
-    pub heartbeat: Duration,
-    /// Longest wait for resolving, connecting, TLS and login together.
-    pub connect_timeout: Duration,
-}
-
-/// `[redis]`: the server that holds the claims.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Redis {
-    /// `redis://` or `rediss://` URL.
-    pub url: Secret,
-    /// First part of every key.
-    pub key_prefix: String,
-    /// Longest wait for a connection.
-    pub connect_timeout: Duration,
-    /// Longest wait for the reply to one pipeline.
-    pub timeout: Duration,
-}
-
-/// `[postgres]`: the database that holds ledger and effects.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Postgres {
-    /// `postgres://` URL.
-    pub url: Secret,
-    /// Longest wait for a connection.
-    pub connect_timeout: Duration,
-    /// `statement_timeout` of the daemon's sessions.
-    pub statement_timeout: Duration,
-    /// `lock_timeout` of the daemon's sessions.
-    pub lock_timeout: Duration,
-    /// `idle_in_transaction_session_timeout` of the daemon's sessions.
-    pub idle_in_transaction_timeout: Duration,
-    /// Let `run` apply migrations; otherwise it refuses an old schema.
-    pub auto_migrate: bool,
 }
 
 /// `[ledger]`: how long it remembers.
@@ -553,9 +512,8 @@ pub struct HttpHandler {
     /// `http://` or `https://` URL, without user, password and fragment; secret,
     /// since its query may hold a token.
     pub url: Secret,
-    /// PEM file with the certificate authorities to trust instead of the
-    /// system's (`https` only).
-    pub ca_file: Option<std::path::PathBuf>,
+    /// TLS with the receiver (`https` only).
+    pub tls: Tls,
     /// Content type of every request; `None`: the message's own.
     pub content_type: Option<String>,
     /// Headers of every request, sorted, each name once; a value is visible

@@ -209,5 +209,7 @@ pub const CONFIG_FILE_MAX: usize = 1 << 20;
 pub const HANDLER_FILE_MAX: usize = 1 << 20;
 /// Longest file that holds a URL, in bytes.
 pub const URL_FILE_MAX: usize = 16 << 10;
-/// Longest file of certificates, in bytes.
+/// `allow_plaintext` of `[broker]`, `[redis]` and `[postgres]`
+pub const ALLOW_PLAINTEXT: bool = false;
+/// Longest file of certificates, and of a key, in bytes.
 pub const CA_FILE_MAX: usize = 4 << 20;

@@ -56,6 +56,14 @@ pub(super) fn read_text(path: &Path, limit: usize) -> Result<String, Unreadable>
     })
 }
 
+/// Whether everybody on this machine can read or write `path`.
+pub(super) fn is_open_to_others(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+
+    let metadata = std::fs::metadata(path);
+    metadata.is_ok_and(|file| file.permissions().mode() & 0o006 != 0)
+}
+
 /// `path` as seen from `folder`, made absolute so that it names the same file
 /// wherever the configuration is printed to.
 pub(super) fn resolve(folder: &Path, path: &str) -> PathBuf {

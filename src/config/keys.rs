@@ -33,7 +33,16 @@ pub const ROOT: Keys = Keys {
 /// `[broker]`
 pub const BROKER: Keys = Keys {
     title: "[broker]",
-    keys: &["url", "url_file", "ca_file", "heartbeat", "connect_timeout"],
+    keys: &[
+        "url",
+        "url_file",
+        "ca_file",
+        "client_cert_file",
+        "client_key_file",
+        "allow_plaintext",
+        "heartbeat",
+        "connect_timeout",
+    ],
 };
 /// `[redis]`
 pub const REDIS: Keys = Keys {
@@ -42,6 +51,10 @@ pub const REDIS: Keys = Keys {
         "enabled",
         "url",
         "url_file",
+        "ca_file",
+        "client_cert_file",
+        "client_key_file",
+        "allow_plaintext",
         "key_prefix",
         "connect_timeout",
         "timeout",
@@ -53,6 +66,10 @@ pub const POSTGRES: Keys = Keys {
     keys: &[
         "url",
         "url_file",
+        "ca_file",
+        "client_cert_file",
+        "client_key_file",
+        "allow_plaintext",
         "connect_timeout",
         "statement_timeout",
         "lock_timeout",
@@ -145,6 +162,8 @@ pub const HANDLER: Keys = Keys {
         "url",
         "url_file",
         "ca_file",
+        "client_cert_file",
+        "client_key_file",
         "content_type",
         "headers",
         "headers_file",

@@ -18,11 +18,13 @@ mod interpolate;
 mod names;
 mod observe;
 mod print;
+mod process;
 mod reader;
 mod retry;
 mod servers;
 mod size;
 mod source;
+mod tls;
 mod topology;
 mod urls;
 
@@ -35,6 +37,7 @@ pub use checked::Config;
 pub use duration::{format as format_duration, read as read_duration};
 pub use error::{ConfigError, Problem};
 pub use print::to_toml;
+pub use process::ProcessStatus;
 pub use size::format as format_size;
 pub use source::Place;
 
@@ -52,6 +55,28 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
     let text = files::read_text(path, defaults::CONFIG_FILE_MAX)
         .map_err(|unreadable| unreadable_config(path, &unreadable))?;
     parse(&text, path, &|name| std::env::var(name).ok())
+}
+
+/// The key files of client certificates that everybody on this machine can
+/// read, or write.
+#[must_use]
+pub fn exposed_keys(config: &Config) -> Vec<&Path> {
+    let http = config.consumers.iter().filter_map(|c| match &c.handler {
+        checked::Handler::Http(http) => Some(&http.tls),
+        _ => None,
+    });
+    let servers = [&config.broker.tls, &config.postgres.tls];
+    let redis = config.redis.iter().map(|redis| &redis.tls);
+    let mut keys: Vec<&Path> = servers
+        .into_iter()
+        .chain(redis)
+        .chain(http)
+        .filter_map(|tls| Some(tls.client.as_ref()?.key_file.as_path()))
+        .filter(|path| files::is_open_to_others(path))
+        .collect();
+    keys.sort_unstable();
+    keys.dedup();
+    keys
 }
 
 /// Whether what is written to standard error goes to systemd's journal.

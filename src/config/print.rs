@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::checked::{
     Binding, BindingArgument, CommandHandler, CommandMode, Config, Consumer, Handler, HttpHandler,
-    Identity, Secret, Topology,
+    Identity, Secret, Tls, Topology,
 };
 use super::handler::INLINE;
 use super::source::REDACTED;
@@ -38,9 +38,8 @@ impl Writer {
     fn servers(&mut self, config: &Config) {
         self.header("[broker]");
         self.secrets("url", &config.broker.urls);
-        if let Some(path) = &config.broker.ca_file {
-            self.path("ca_file", path);
-        }
+        self.tls(&config.broker.tls);
+        self.plain("allow_plaintext", config.broker.allow_plaintext);
         self.duration("heartbeat", config.broker.heartbeat);
         self.duration("connect_timeout", config.broker.connect_timeout);
 
@@ -48,6 +47,8 @@ impl Writer {
         self.plain("enabled", config.redis.is_some());
         if let Some(redis) = &config.redis {
             self.secret("url", &redis.url);
+            self.tls(&redis.tls);
+            self.plain("allow_plaintext", redis.allow_plaintext);
             self.string("key_prefix", &redis.key_prefix);
             self.duration("connect_timeout", redis.connect_timeout);
             self.duration("timeout", redis.timeout);
@@ -56,6 +57,8 @@ impl Writer {
         let postgres = &config.postgres;
         self.header("[postgres]");
         self.secret("url", &postgres.url);
+        self.tls(&postgres.tls);
+        self.plain("allow_plaintext", postgres.allow_plaintext);
         self.duration("connect_timeout", postgres.connect_timeout);
         self.duration("statement_timeout", postgres.statement_timeout);
         self.duration("lock_timeout", postgres.lock_timeout);
@@ -84,6 +87,16 @@ impl Writer {
 
         self.header("[log]");
         self.string("format", config.log_format.as_str());
+    }
+
+    fn tls(&mut self, tls: &Tls) {
+        if let Some(path) = &tls.ca_file {
+            self.path("ca_file", path);
+        }
+        if let Some(client) = &tls.client {
+            self.path("client_cert_file", &client.cert_file);
+            self.path("client_key_file", &client.key_file);
+        }
     }
 
     fn consumer(&mut self, consumer: &Consumer) {
@@ -166,9 +179,7 @@ impl Writer {
         self.string("type", "http");
         self.string("method", handler.method.as_str());
         self.secret("url", &handler.url);
-        if let Some(path) = &handler.ca_file {
-            self.path("ca_file", path);
-        }
+        self.tls(&handler.tls);
         if let Some(content_type) = &handler.content_type {
             self.string("content_type", content_type);
         }

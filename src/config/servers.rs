@@ -1,30 +1,21 @@
 //! `[broker]`, `[redis]`, `[postgres]`, `[ledger]` and `[daemon]`.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use super::checked::{Broker, Daemon, Ledger, Postgres, Redis, Secret};
 use super::error::Complaint;
 use super::reader::{Field, Section, compare};
+use super::tls::{self, Terms};
 use super::{defaults, duration, files, keys, urls};
 
 /// `None` where something is wrong, which is reported.
 pub(super) fn broker(root: &Section<'_>) -> Option<Broker> {
     let section = root.section("broker", &keys::BROKER);
-    let urls = broker_urls(&section);
-    let ca_file = section
-        .text("ca_file")
-        .then(|path| certificate_file(&section, &path))
-        .optional();
-    if let (Some(ca_file), Some(urls)) = (&ca_file, &urls)
-        && !urls.iter().any(|url| urls::is_tls(url.expose()))
-    {
-        section.reader.report(
-            ca_file.span,
-            "`ca_file` is given, but the URL does not ask for TLS",
-            "begin the URL with amqps://, or leave out `ca_file`",
-        );
-    }
+    let allow_plaintext = section.boolean("allow_plaintext", defaults::ALLOW_PLAINTEXT);
+    let urls = broker_urls(&section, allow_plaintext.value);
+    let is_tls = |urls: &Vec<Secret>| urls.iter().any(|url| urls::is_tls(url.expose()));
+    let plain = urls.as_ref().is_some_and(|urls| !is_tls(urls));
+    let tls = tls::read(&section, plain.then(|| tls::without("amqps")));
     let heartbeat = section.duration("heartbeat", &defaults::HEARTBEAT);
     if heartbeat.value.subsec_millis() != 0 {
         section.reader.report(
@@ -39,23 +30,11 @@ pub(super) fn broker(root: &Section<'_>) -> Option<Broker> {
     let connect_timeout = section.duration("connect_timeout", &defaults::BROKER_CONNECT_TIMEOUT);
     Some(Broker {
         urls: urls?,
-        ca_file: ca_file.map(|field| field.value),
+        tls,
+        allow_plaintext: allow_plaintext.value,
         heartbeat: heartbeat.value,
         connect_timeout: connect_timeout.value,
     })
-}
-
-pub(super) fn certificate_file(section: &Section<'_>, path: &str) -> Result<PathBuf, Complaint> {
-    let path = files::resolve(section.reader.folder, path);
-    let text = files::read_text(&path, defaults::CA_FILE_MAX)
-        .map_err(|unreadable| unreadable.complaint(&path))?;
-    if text.contains("-----BEGIN CERTIFICATE-----") {
-        return Ok(path);
-    }
-    Err(Complaint::new(
-        format!("holds no certificate: {}", path.display()),
-        "it must be a PEM file with at least one BEGIN CERTIFICATE line",
-    ))
 }
 
 /// `None` where something is wrong, which is reported; `Some(None)` when
@@ -66,15 +45,29 @@ pub(super) fn redis(root: &Section<'_>) -> Option<Option<Redis>> {
     if !enabled.value {
         return Some(None);
     }
-    let url = url(&section, urls::check_redis);
+    let allow_plaintext = section.boolean("allow_plaintext", defaults::ALLOW_PLAINTEXT);
+    let url = url(&section, |text| {
+        urls::check_redis(text)?;
+        match allow_plaintext.value {
+            true => Ok(()),
+            false => tls::refuse_plaintext(text, "rediss", "[redis]"),
+        }
+    });
+    let plain = url
+        .as_ref()
+        .is_some_and(|(url, ())| !urls::is_rediss(url.expose()));
+    let tls = tls::read(&section, plain.then(|| tls::without("rediss")));
     let key_prefix = section
         .text("key_prefix")
         .then(check_key_prefix)
         .or(defaults::REDIS_KEY_PREFIX.to_owned());
     let connect_timeout = section.duration("connect_timeout", &defaults::REDIS_CONNECT_TIMEOUT);
     let timeout = section.duration("timeout", &defaults::REDIS_TIMEOUT);
+    let (url, ()) = url?;
     Some(Some(Redis {
-        url: url?,
+        url,
+        tls,
+        allow_plaintext: allow_plaintext.value,
         key_prefix: key_prefix.value,
         connect_timeout: connect_timeout.value,
         timeout: timeout.value,
@@ -95,7 +88,14 @@ fn check_key_prefix(prefix: String) -> Result<String, Complaint> {
 
 pub(super) fn postgres(root: &Section<'_>) -> Option<Postgres> {
     let section = root.section("postgres", &keys::POSTGRES);
-    let url = url(&section, urls::check_postgres);
+    let allow_plaintext = section.boolean("allow_plaintext", defaults::ALLOW_PLAINTEXT);
+    let terms = Terms::of(&section, allow_plaintext.value);
+    let url = url(&section, |text| {
+        urls::check_postgres(text)?;
+        tls::ssl_mode(text, terms)
+    });
+    let useless = url.as_ref().and_then(|(_, mode)| tls::useless_with(*mode));
+    let tls = tls::read(&section, useless);
     let connect_timeout = section.duration("connect_timeout", &defaults::POSTGRES_CONNECT_TIMEOUT);
     let statement_timeout = section.duration("statement_timeout", &defaults::STATEMENT_TIMEOUT);
     let lock_timeout = section.duration("lock_timeout", &defaults::LOCK_TIMEOUT);
@@ -119,8 +119,11 @@ pub(super) fn postgres(root: &Section<'_>) -> Option<Postgres> {
         },
     );
     let auto_migrate = section.boolean("auto_migrate", defaults::AUTO_MIGRATE);
-    url.map(|url| Postgres {
+    url.map(|(url, ssl_mode)| Postgres {
         url,
+        tls,
+        ssl_mode,
+        allow_plaintext: allow_plaintext.value,
         connect_timeout: connect_timeout.value,
         statement_timeout: statement_timeout.value,
         lock_timeout: lock_timeout.value,
@@ -171,15 +174,19 @@ pub(super) fn daemon(root: &Section<'_>) -> Daemon {
     }
 }
 
-/// The URL from `url` or from the file that `url_file` names.
-pub(super) fn url(
+/// The URL from `url` or from the file that `url_file` names, and what `check`
+/// found in it.
+pub(super) fn url<T>(
     section: &Section<'_>,
-    check: fn(&str) -> Result<(), Complaint>,
-) -> Option<Secret> {
+    check: impl Fn(&str) -> Result<T, Complaint>,
+) -> Option<(Secret, T)> {
     if !keeps_to_one_source(section) {
         return None;
     }
-    let accept = |text: String| check(&text).map(|()| Secret::new(text));
+    let accept = |text: String| {
+        let found = check(&text)?;
+        Ok((Secret::new(text), found))
+    };
     let found = if section.has("url_file") {
         let read = |path: String| read_url_file(section, &path);
         section.text("url_file").then(read).then(accept)
@@ -199,11 +206,17 @@ const MISSING_URL: &str = "add `url`, or `url_file` with the path of a file that
 
 /// The URLs from `url`, which may be a list, or from the file that `url_file`
 /// names, one a line.
-fn broker_urls(section: &Section<'_>) -> Option<Vec<Secret>> {
+fn broker_urls(section: &Section<'_>, allow_plaintext: bool) -> Option<Vec<Secret>> {
     if !keeps_to_one_source(section) {
         return None;
     }
-    let one = |text: &str| urls::check_amqp(text).map(|()| Secret::new(text.to_owned()));
+    let one = |text: &str| {
+        urls::check_amqp(text)?;
+        if !allow_plaintext {
+            tls::refuse_plaintext(text, "amqps", "[broker]")?;
+        }
+        Ok(Secret::new(text.to_owned()))
+    };
     let all = |urls: Vec<Secret>| urls::check_list(&urls).map(|()| urls);
     let found = if section.has("url_file") {
         let read = |path: String| read_url_file(section, &path);

@@ -113,8 +113,13 @@ pub(super) fn check_redis(text: &str) -> Result<(), Complaint> {
             EXAMPLE,
         ));
     }
-    let insecure = url.scheme() == "rediss" && url.fragment() == Some("insecure");
-    if url.fragment().is_some() && !insecure {
+    if url.fragment() == Some("insecure") {
+        return Err(Complaint::new(
+            "asks for TLS that verifies nobody",
+            "leave out #insecure; for an authority of your own set `ca_file`",
+        ));
+    }
+    if url.fragment().is_some() {
         return Err(Complaint::new(
             "has a part after `#`",
             "write a # in the password as %23",
@@ -140,7 +145,19 @@ pub(super) fn check_postgres(text: &str) -> Result<(), Complaint> {
             "write a # in the password as %23",
         ));
     }
-    Ok(())
+    let file = url.query_pairs().find_map(|(name, _)| match name.as_ref() {
+        "sslrootcert" | "ssl-root-cert" | "ssl-ca" => Some(("sslrootcert", "ca_file")),
+        "sslcert" | "ssl-cert" => Some(("sslcert", "client_cert_file")),
+        "sslkey" | "ssl-key" => Some(("sslkey", "client_key_file")),
+        _ => None,
+    });
+    match file {
+        None => Ok(()),
+        Some((name, key)) => Err(Complaint::new(
+            format!("has the parameter `{name}`"),
+            format!("set `{key}` in [postgres] instead"),
+        )),
+    }
 }
 
 /// `http://` and `https://`, of a fixed receiver.
@@ -165,8 +182,7 @@ pub(super) fn check_http(text: &str) -> Result<(), Complaint> {
 
 /// Whether an HTTP URL asks for TLS.
 pub(super) fn is_https(text: &str) -> bool {
-    text.get(..6)
-        .is_some_and(|scheme| scheme.eq_ignore_ascii_case("https:"))
+    has_scheme(text, "https:")
 }
 
 /// Several URLs that are tried in turn.
@@ -196,8 +212,17 @@ pub(super) fn check_list(urls: &[Secret]) -> Result<(), Complaint> {
 
 /// Whether an AMQP URL asks for TLS.
 pub(super) fn is_tls(text: &str) -> bool {
-    text.get(..6)
-        .is_some_and(|scheme| scheme.eq_ignore_ascii_case("amqps:"))
+    has_scheme(text, "amqps:")
+}
+
+/// Whether a Redis URL asks for TLS.
+pub(super) fn is_rediss(text: &str) -> bool {
+    has_scheme(text, "rediss:")
+}
+
+fn has_scheme(text: &str, scheme: &str) -> bool {
+    text.get(..scheme.len())
+        .is_some_and(|start| start.eq_ignore_ascii_case(scheme))
 }
 
 fn parse(text: &str, schemes: &[&str], example: &str) -> Result<Url, Complaint> {
@@ -254,7 +279,7 @@ mod tests {
         }
         for url in [
             "redis://127.0.0.1:6379/0",
-            "rediss://u:p@h/3#insecure",
+            "rediss://u:p@h/3",
             "redis://h",
             "unix:///run/redis.sock?db=2",
             "redis+unix:///run/redis.sock",
@@ -328,12 +353,22 @@ mod tests {
             (check_redis, "redis://h/1/2", "has a path"),
             (check_redis, "redis://0.0.0.0", "has a wildcard"),
             (check_redis, "redis://h#hunter2", "has a part after `#`"),
+            (
+                check_redis,
+                "rediss://h/3#insecure",
+                "asks for TLS that verifies nobody",
+            ),
             (check_redis, "unix:///", "names no socket"),
             (check_postgres, "postgres:///d", "names no host"),
             (
                 check_postgres,
                 "postgres://u:1#hunter2@h/d",
                 "has a part after `#`",
+            ),
+            (
+                check_postgres,
+                "postgres://h/d?sslrootcert=/hunter",
+                "has the parameter `sslrootcert`",
             ),
             (check_postgres, "host=h password=hunter2", "has a space"),
         ];

@@ -18,7 +18,6 @@ use crate::config::{self, Config, checked};
 use crate::handler::{self, rust::Makers};
 use crate::observe::admin::Shown;
 use crate::observe::logging;
-use crate::observe::metrics::Server;
 use crate::observe::systemd::Systemd;
 use crate::prune;
 use crate::stop::{self, Stop, Stopper};
@@ -115,7 +114,7 @@ impl<'a> Fleet<'a> {
     fn start_missing(&mut self) -> Result<(), Fatal> {
         if self.pruning.is_none() {
             let (stopper, stop) = stop::pair();
-            prune::start(&self.config, &stop)?;
+            prune::start(&self.config, &self.shown.metrics, &stop)?;
             self.pruning = Some(stopper);
         }
         for consumer in self.config.consumers.clone() {
@@ -134,11 +133,8 @@ impl<'a> Fleet<'a> {
             "handles messages"
         );
         let (stopper, stop) = stop::pair();
+        let signs = super::show(&self.shown, &self.config, &consumer, &handler);
         let (name, consumer) = (consumer.name.clone(), Arc::new(consumer));
-        let signs = self.shown.signs(&name);
-        if self.config.redis.is_none() {
-            self.shown.metrics.without(&name, Server::Redis);
-        }
         let runner = Runner {
             config: self.config.clone(),
             consumer: Arc::clone(&consumer),

@@ -293,6 +293,7 @@ impl Runner {
     /// A settlement whose connection is gone: the broker gives the message out
     /// again, and the ledger knows what became of it.
     fn discard(&self, settled: &Settled) {
+        self.signs.meter.lost_with(settled.settlement);
         log::debug!(
             consumer = self.consumer.name.as_str(), epoch = settled.ticket.epoch.0,
             tag = settled.ticket.tag;

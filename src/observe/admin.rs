@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -23,8 +23,9 @@ use super::health::{Health, Report};
 use super::metrics::{self, Metrics};
 use super::status::Status;
 
-/// Connections served at a time; one more waits in the listener's backlog.
-const CONNECTIONS_MAX: usize = 16;
+/// Connections served at a time; one more waits in the listener's backlog. So
+/// many that a few that are forgotten do not keep a probe waiting.
+const CONNECTIONS_MAX: usize = 64;
 
 /// Longest life of a connection, requests and answers together.
 const CONNECTION_WITHIN: Duration = Duration::from_secs(30);
@@ -34,6 +35,10 @@ const HEAD_WITHIN: Duration = Duration::from_secs(5);
 
 /// Largest head of a request, in bytes.
 const HEAD_MAX: usize = 16 << 10;
+
+/// What is to be said of an address that is not loopback.
+pub const OPEN_TO_OTHERS: &str = "the admin address can be reached from other hosts, and asks \
+    nobody who they are: names of consumers and errors of servers can be read there";
 
 /// What there is to show. A clone shows the same.
 #[derive(Clone)]
@@ -74,6 +79,9 @@ pub fn start(address: SocketAddr, shown: Shown) -> std::io::Result<SocketAddr> {
     let listener = StdListener::bind(address)?;
     listener.set_nonblocking(true)?;
     let bound = listener.local_addr()?;
+    if !bound.ip().is_loopback() {
+        log::warn!(address:% = bound; "{OPEN_TO_OTHERS}");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -126,7 +134,10 @@ async fn serve(listener: StdListener, shown: Shown) -> std::io::Result<()> {
 
 fn answer(request: &Request<Incoming>, shown: &Shown) -> Response<Full<Bytes>> {
     if ![Method::GET, Method::HEAD].contains(request.method()) {
-        return plain(StatusCode::METHOD_NOT_ALLOWED, "GET only\n".to_owned());
+        let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "GET only\n".to_owned());
+        let allowed = HeaderValue::from_static("GET, HEAD");
+        response.headers_mut().insert(ALLOW, allowed);
+        return response;
     }
     match request.uri().path() {
         "/metrics" => match shown.metrics.text() {
@@ -148,6 +159,12 @@ fn answer(request: &Request<Incoming>, shown: &Shown) -> Response<Full<Bytes>> {
 
 /// 200 when all are well, 503 otherwise, with a line for each.
 fn judged(reports: &[Report], is_well: fn(&Report) -> bool) -> Response<Full<Bytes>> {
+    if reports.is_empty() {
+        return plain(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "failed: starting\n".to_owned(),
+        );
+    }
     let status = match reports.iter().all(is_well) {
         true => StatusCode::OK,
         false => StatusCode::SERVICE_UNAVAILABLE,

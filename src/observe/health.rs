@@ -36,6 +36,8 @@ struct State {
     /// When its broker thread last came round, and by when it will again.
     due: Instant,
     in_flight: usize,
+    /// How many of them wait for the broker to take a copy.
+    copies: usize,
     /// When a delivery was last settled, or there was none to settle.
     advanced: Instant,
 }
@@ -49,6 +51,7 @@ impl Pulse {
                 paused: None,
                 due: now + GRACE,
                 in_flight: 0,
+                copies: 0,
                 advanced: now,
             }),
         }
@@ -61,7 +64,7 @@ impl Pulse {
 
     /// It has no connection, for this reason.
     pub fn connecting(&self, cause: &str) {
-        self.lock().doing = Doing::Connecting(cause.to_owned());
+        self.lock().doing = Doing::Connecting(one_line(cause));
     }
 
     /// It is subscribed.
@@ -76,7 +79,7 @@ impl Pulse {
 
     /// It takes no messages, for this reason.
     pub fn paused(&self, cause: &str) {
-        self.lock().paused = Some(cause.to_owned());
+        self.lock().paused = Some(one_line(cause));
     }
 
     /// It takes messages again.
@@ -96,10 +99,26 @@ impl Pulse {
         state.in_flight = in_flight;
     }
 
+    /// So many of those in flight wait for the broker to take a copy, which
+    /// may be for as long as it has an alarm: no restart would mend that.
+    pub fn copies(&self, waiting: usize) {
+        self.lock().copies = waiting;
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// A server's words, so that they cannot pass for further lines: systemd takes
+/// each line for a message of its own.
+fn one_line(cause: &str) -> String {
+    let plain = cause.chars().map(|c| if c.is_control() { ' ' } else { c });
+    plain.take(CAUSE_MAX).collect()
+}
+
+/// Longest cause, in characters.
+const CAUSE_MAX: usize = 500;
 
 /// What a busy machine may add to every bound.
 const GRACE: Duration = Duration::from_secs(30);
@@ -208,7 +227,7 @@ fn report(pulse: &Pulse, stall_after: Duration, now: Instant) -> Report {
     let idle = now.saturating_duration_since(state.advanced);
     let stalled = if now > state.due {
         Some("its thread does not come round".to_owned())
-    } else if name == "consuming" && state.in_flight > 0 && idle > stall_after {
+    } else if name == "consuming" && state.in_flight > state.copies && idle > stall_after {
         Some(format!(
             "none of {} deliveries settled for {} s",
             state.in_flight,
@@ -249,6 +268,18 @@ mod tests {
     }
 
     #[test]
+    fn what_a_server_says_stays_on_its_line() {
+        let pulse = Pulse::new("orders", Instant::now());
+        pulse.connecting(&format!("no\nREADY=1\r\u{1b}[m{}", "x".repeat(9_000)));
+        let said = after(&pulse, Duration::ZERO).to_string();
+        assert!(
+            said.starts_with("orders: connecting: no READY=1  [mxxx"),
+            "{said}"
+        );
+        assert!(said.len() < 600 && !said.contains(char::is_control));
+    }
+
+    #[test]
     fn an_idle_consumer_is_ready_for_as_long_as_its_thread_comes_round() {
         let pulse = Pulse::new("orders", Instant::now());
         pulse.consuming();
@@ -280,6 +311,11 @@ mod tests {
         pulse.beat(10 * STALL);
         pulse.flow(3, false);
         assert!(after(&pulse, STALL / 2).is_ready());
+        assert!(!after(&pulse, 2 * STALL).is_alive());
+        // The broker's doing, not its own.
+        pulse.copies(3);
+        assert!(after(&pulse, 2 * STALL).is_alive());
+        pulse.copies(2);
         assert!(!after(&pulse, 2 * STALL).is_alive());
         pulse.paused("the table is gone");
         let paused = after(&pulse, 2 * STALL);

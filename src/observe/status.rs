@@ -31,7 +31,7 @@ pub struct Consumer {
     /// Deliveries whose id is claimed elsewhere.
     pub parked: u64,
     /// Deliveries settled since the start of the daemon, by outcome:
-    /// `applied`, `duplicate`, `retried`, `dead-lettered`, `returned`.
+    /// `applied`, `duplicate`, `retried`, `dead-lettered`, `returned`, `lost`.
     pub messages: BTreeMap<String, u64>,
     /// Whether the last thing heard of each server was good: `rabbitmq`,
     /// `redis`, `postgresql`.

@@ -13,7 +13,7 @@ use crate::handler::Work;
 use crate::ledger::{CommitError, Record};
 use crate::lifecycle::Event;
 use crate::message::{Fingerprint, MessageId};
-use crate::observe::metrics::{PauseCause, Server};
+use crate::observe::metrics::{LedgerStep, PauseCause, Server};
 use crate::postgres::Error;
 use crate::random;
 
@@ -214,6 +214,8 @@ impl Worker {
                 for item in items.iter_mut() {
                     item.on(Event::CommitUnknown);
                 }
+                self.shared.signs.meter.ledger_failed(LedgerStep::Commit);
+                self.shared.signs.meter.is_up(Server::Postgres, false);
                 self.wait_for(Error::Lost(cause).into_failure(), Stage::Ledger)
             }
         }
@@ -230,6 +232,7 @@ impl Worker {
             .filter_map(|item| Some((item.id.as_ref()?, item.fingerprint)))
             .collect();
         let records = self.ledger.record(&entries)?;
+        self.shared.signs.meter.is_up(Server::Postgres, true);
         for (mut item, record) in std::mem::take(items).into_iter().zip(records) {
             match record {
                 Record::Inserted => {
@@ -273,6 +276,9 @@ impl Worker {
     /// Rolls back and finds out what the error asks for.
     fn undo(&mut self, items: &mut Vec<Item>, error: Error, stage: Stage) -> Tried {
         let lost = !matches!(error, Error::Refused(_));
+        if lost {
+            self.shared.signs.meter.is_up(Server::Postgres, false);
+        }
         let mut failure = error.into_failure();
         let code = failure.code.as_deref().unwrap_or("");
         if stage == Stage::Handler
@@ -290,6 +296,9 @@ impl Worker {
             // All that the ledger is given of a message is its id.
             Stage::Ledger => failure.is_data_exception(),
         };
+        if stage == Stage::Ledger && !at_fault {
+            self.shared.signs.meter.ledger_failed(LedgerStep::Record);
+        }
         if at_fault && items.len() > 1 {
             for item in items.iter_mut() {
                 item.on(Event::BatchFailed);
@@ -311,8 +320,9 @@ impl Worker {
     }
 
     fn wait_for(&mut self, failure: Failure, stage: Stage) -> Tried {
-        self.shared.signs.meter.failed(failure.class);
-        self.show_lost(&failure);
+        if stage == Stage::Handler {
+            self.shared.signs.meter.failed(failure.class);
+        }
         Tried::Wait(Trouble { failure, stage })
     }
 
@@ -427,13 +437,6 @@ impl Worker {
                 class = failure.class.as_str();
                 "paused: {}", self.in_public(failure)
             );
-        }
-    }
-
-    /// Shows that PostgreSQL is away, if that is what failed.
-    pub(super) fn show_lost(&self, failure: &Failure) {
-        if failure.code.is_none() {
-            self.shared.signs.meter.is_up(Server::Postgres, false);
         }
     }
 

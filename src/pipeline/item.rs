@@ -47,6 +47,8 @@ pub struct Item {
     pub(super) failed_at: Option<u64>,
     /// How often the world has failed it alone.
     pub(super) strikes: u32,
+    /// A COMMIT that may have recorded it went unanswered.
+    pub(super) in_doubt: bool,
     /// It was looked at the moment it was parked.
     pub(super) was_parked: bool,
     /// The ledger was asked for a mark on it.
@@ -79,6 +81,7 @@ impl Item {
             races: 0,
             failed_at: None,
             strikes: 0,
+            in_doubt: false,
             was_parked: false,
             examined: false,
             alone: false,
@@ -89,6 +92,12 @@ impl Item {
     /// Moves on, and says what is to be done. A defect of this file, an event
     /// that cannot happen, gives the delivery back: it is never acked.
     pub(super) fn on(&mut self, event: Event) -> &'static [Action] {
+        match event {
+            Event::CommitUnknown => self.in_doubt = true,
+            // Nothing was recorded by then.
+            Event::Inserted | Event::LeaseWon => self.in_doubt = false,
+            _ => {}
+        }
         match lifecycle::step(self.state, event) {
             Ok((state, actions)) => {
                 self.state = state;

@@ -27,6 +27,7 @@ use crate::handler::Keyed;
 use crate::ledger::Ledger;
 use crate::lifecycle::Event;
 use crate::message::{Delivery, MessageId};
+use crate::observe::metrics::LedgerStep;
 use crate::random;
 
 /// What the crew does in this time is claimed before it asks for it. A message
@@ -433,7 +434,7 @@ impl Foreman {
     /// Gives the claimed `items` to the crew.
     fn call(&mut self, mut items: Vec<Item>) {
         if let Err(error) = self.worker.mark_suspects(&mut items) {
-            let failure = self.forget(error);
+            let failure = self.forget(error, LedgerStep::Claim);
             self.waiting.extend(items);
             return self.rest_from_ledger(&failure);
         }

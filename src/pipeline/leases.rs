@@ -17,7 +17,7 @@ use crate::config::checked;
 use crate::ledger::{Ledger, Owner};
 use crate::message::MessageId;
 use crate::observe::Signs;
-use crate::observe::metrics::Meter;
+use crate::observe::metrics::{LedgerStep, Meter};
 use crate::stop::{self, Stop, Stopper};
 
 /// How much of a lease may pass without a renewal before it counts as lost, in
@@ -219,6 +219,7 @@ impl Shelf {
         let renewal = match ledger.renew(&claims, self.lease) {
             Ok(renewal) => renewal,
             Err(error) => {
+                self.meter.ledger_failed(LedgerStep::Renew);
                 if !std::mem::replace(told, true) {
                     log::warn!(consumer = self.consumer.as_str(); "claims in the ledger are not renewed at the moment: {error}");
                 }

@@ -15,7 +15,7 @@ use crate::lifecycle::{Action, Body, Event, State};
 use crate::message::{
     DeadReason, Fingerprint, MessageId, Parcel, Purpose, Settled, Settlement, Ticket,
 };
-use crate::observe::metrics::{FoundIn, Settling};
+use crate::observe::metrics::{FoundIn, LedgerStep, Settling};
 use crate::postgres::Error;
 
 /// What is decided and not yet told.
@@ -111,9 +111,11 @@ impl Worker {
         let meter = &self.shared.signs.meter;
         let found_in = match event {
             Event::MarkedDone(Body::Same) => FoundIn::Redis,
+            // Its own row, by a COMMIT that went unanswered.
+            Event::Found(Body::Same) if item.in_doubt => return,
             Event::Found(Body::Same) => FoundIn::Ledger,
             Event::OwnerApplied(Body::Same) => FoundIn::Flight,
-            Event::ClaimHeld => return meter.parked(),
+            Event::ClaimHeld | Event::LeaseHeld if !item.was_parked => return meter.waits(),
             _ => return,
         };
         item.is_duplicate = true;
@@ -125,10 +127,9 @@ impl Worker {
         if item.marked {
             self.verdict.unmarked.extend(item.id.clone());
         }
-        self.shared.signs.meter.settled(&Settling {
+        self.shared.signs.meter.decided(&Settling {
             settlement,
             is_duplicate: item.is_duplicate,
-            reason: item.reason,
             took: item.since.elapsed(),
             published_at: item.delivery.message.published_at,
         });
@@ -288,6 +289,7 @@ impl Worker {
                     break Event::Journaled;
                 }
                 Err(error) => {
+                    self.shared.signs.meter.ledger_failed(LedgerStep::Journal);
                     let failure = error.into_failure();
                     if tries > 0 {
                         self.close_gate(&failure);

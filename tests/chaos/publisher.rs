@@ -245,7 +245,8 @@ impl Desk {
     fn connect(&mut self) {
         let broker = checked::Broker {
             urls: vec![checked::Secret::new(self.order.url.clone())],
-            ca_file: None,
+            tls: checked::Tls::default(),
+            allow_plaintext: false,
             heartbeat: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(3),
         };

@@ -48,6 +48,19 @@ impl Authority {
     /// A server configuration for `names`, valid for `days` from now; negative
     /// days have passed.
     pub fn issue(&self, names: &str, days: i32) -> ServerConfig {
+        let leaf = self.issue_files(names, days);
+        let certificate = CertificateDer::from_pem_file(leaf.cert()).unwrap();
+        let key = PrivateKeyDer::from_pem_file(leaf.key()).unwrap();
+        ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap()
+    }
+
+    /// A certificate for `names` and its key, valid as with [`Self::issue`].
+    pub fn issue_files(&self, names: &str, days: i32) -> Leaf {
         let folder = tempfile::tempdir().unwrap();
         let ca = |name: &str| self.folder.path().join(name).display().to_string();
         std::fs::write(
@@ -94,14 +107,24 @@ impl Authority {
                 "cert.pem",
             ],
         );
-        let certificate = CertificateDer::from_pem_file(folder.path().join("cert.pem")).unwrap();
-        let key = PrivateKeyDer::from_pem_file(folder.path().join("key.pem")).unwrap();
-        ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)
-            .unwrap()
+        Leaf { folder }
+    }
+}
+
+/// A certificate and its key, in files.
+pub struct Leaf {
+    folder: TempDir,
+}
+
+impl Leaf {
+    /// The certificate, in PEM.
+    pub fn cert(&self) -> PathBuf {
+        self.folder.path().join("cert.pem")
+    }
+
+    /// Its key, in PEM.
+    pub fn key(&self) -> PathBuf {
+        self.folder.path().join("key.pem")
     }
 }
 

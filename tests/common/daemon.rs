@@ -29,6 +29,7 @@ pub(super) fn command() -> Command {
         .env_remove("ACKONCE_FAILPOINT_FILE")
         .env_remove("ACKONCE_POISON")
         .env_remove("ACKONCE_POISON_PANIC")
+        .env_remove("NOTIFY_SOCKET")
         .env("RUST_LOG", "info")
         .env("RUST_BACKTRACE", "1")
         .stdin(Stdio::null());
@@ -132,6 +133,13 @@ impl Builder {
         self
     }
 
+    /// Sets a variable of its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl AsRef<std::ffi::OsStr>) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
     /// Starts it, without waiting for anything.
     pub fn start(mut self) -> Daemon {
         let mut child = self
@@ -183,9 +191,11 @@ impl Daemon {
 
     /// Where it serves metrics and health.
     pub fn admin(&self) -> String {
-        self.wait_for_log(&["serving metrics and health"]);
+        let says = "serving metrics and health";
+        self.wait_for_log(&[says]);
         let log = self.log();
-        let mut words = log.iter().flat_map(|line| line.split_whitespace());
+        let line = log.iter().find(|line| line.contains(says));
+        let mut words = line.expect("the line").split_whitespace();
         let address = words.find_map(|word| word.strip_prefix("address="));
         address.expect("an address").to_owned()
     }

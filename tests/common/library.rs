@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ackonce::config::checked::{Postgres, Secret};
+use ackonce::config::checked::{Postgres, Secret, SslMode, Tls};
 use ackonce::ledger;
 use ackonce::postgres::Session;
 
@@ -22,6 +22,9 @@ impl World {
         let five = Duration::from_secs(5);
         Postgres {
             url: Secret::new(self.postgres_url().to_owned()),
+            tls: Tls::default(),
+            ssl_mode: SslMode::Prefer,
+            allow_plaintext: false,
             connect_timeout: five,
             statement_timeout: five,
             lock_timeout: five,

@@ -9,6 +9,7 @@
     reason = "each test binary uses its own part, and a broken stage is a failed test"
 )]
 
+pub mod admin;
 mod authority;
 mod broker;
 mod config;
@@ -24,12 +25,14 @@ pub mod raw;
 mod receiver;
 mod redis;
 mod servers;
+mod tls;
 mod tool;
 mod wait;
 pub mod wire;
 mod world;
 
-pub use authority::Authority;
+pub use admin::Admin;
+pub use authority::{Authority, Leaf};
 pub use broker::{Broker, Dead, Msg, numbered, numbered_ids};
 pub use config::{Config, Consumer};
 pub use daemon::{Daemon, Gate, run_ackonce};
@@ -40,6 +43,7 @@ pub use proxy::{Cut, Proxy};
 pub use receiver::{Answer, Receiver, Request};
 pub use redis::Redis;
 pub use servers::{PostgresServer, RedisServer};
+pub use tls::TlsListener;
 pub use tool::{Ended, Running, Tool};
 pub use wait::{DEADLINE, eventually, try_eventually};
 pub use wire::Wire;

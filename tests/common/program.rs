@@ -94,8 +94,8 @@ impl Programs {
             lines.push_str(&format!("\nenv = {{ OUT = '{out}' }}"));
         }
         let text = format!(
-            "[broker]\nurl = \"amqp://h\"\n[redis]\nenabled = false\n[postgres]\n\
-             url = \"postgres://h/d\"\n[[consumer]]\nname = \"orders\"\n[consumer.handler]\n\
+            "[broker]\nurl = \"amqp://localhost\"\n[redis]\nenabled = false\n[postgres]\n\
+             url = \"postgres://localhost/d\"\n[[consumer]]\nname = \"orders\"\n[consumer.handler]\n\
              type = \"command\"\n{lines}\n"
         );
         let env = |name: &str| variables.get(name).map(|value| (*value).to_owned());

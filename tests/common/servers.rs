@@ -12,7 +12,7 @@ use redis::{Client, Value};
 use tempfile::TempDir;
 use url::Url;
 
-use super::{Database, eventually};
+use super::{Authority, Database, Leaf, eventually};
 
 /// A Redis. Dropping it ends it.
 pub struct RedisServer {
@@ -28,6 +28,36 @@ impl RedisServer {
         let mut server = Self::absent();
         server.start_again(&[]);
         server
+    }
+
+    /// Starts one that speaks TLS alone, and lets nobody in without a
+    /// certificate of `clients`, if they are given.
+    pub fn start_tls(leaf: &Leaf, clients: Option<&Authority>) -> Self {
+        let mut server = Self::absent();
+        let authority = clients.map_or_else(|| leaf.cert(), Authority::file);
+        let files = [leaf.cert(), leaf.key(), authority];
+        let [cert, key, authority] = files.map(|path| path.display().to_string());
+        let port = server.port.to_string();
+        server.start_again(&[
+            "--port",
+            "0",
+            "--tls-port",
+            &port,
+            "--tls-cert-file",
+            &cert,
+            "--tls-key-file",
+            &key,
+            "--tls-ca-cert-file",
+            &authority,
+            "--tls-auth-clients",
+            if clients.is_some() { "yes" } else { "no" },
+        ]);
+        server
+    }
+
+    /// Its URL, where it speaks TLS.
+    pub fn tls_url(&self, host: &str) -> String {
+        format!("rediss://{host}:{}/0", self.port)
     }
 
     /// One that does not run yet.
@@ -149,13 +179,72 @@ pub struct PostgresServer {
 impl PostgresServer {
     /// Makes a database cluster and starts it with further `settings`.
     pub fn start(settings: &[&str]) -> Self {
-        let mut server = Self::prepare();
+        let mut server = Self::initialised();
+        server.start_again(settings);
+        server
+    }
+
+    /// Starts one that speaks TLS to whoever asks for it, and then wants a
+    /// certificate of `clients`, if they are given.
+    pub fn start_tls(leaf: &Leaf, clients: Option<&Authority>) -> Self {
+        let mut server = Self::initialised();
+        let cert = server.place(&leaf.cert(), "server.pem");
+        let key = server.place(&leaf.key(), "server.key");
+        let mut settings = vec![
+            "ssl=on".to_owned(),
+            format!("ssl_cert_file={}", cert.display()),
+            format!("ssl_key_file={}", key.display()),
+        ];
+        if let Some(clients) = clients {
+            let authority = server.place(&clients.file(), "clients.pem");
+            let who = "all all 127.0.0.1/32 trust";
+            settings.push(format!("ssl_ca_file={}", authority.display()));
+            settings.push(server.rules(&format!(
+                "hostnossl {who}\nhostssl {who} clientcert=verify-ca\n"
+            )));
+        }
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        server.start_again(&settings);
+        server
+    }
+
+    /// Starts one that asks everybody but the superuser `ackonce` for a password.
+    pub fn start_with_passwords() -> Self {
+        let mut server = Self::initialised();
+        let rules = server.rules(
+            "host all ackonce 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n",
+        );
+        server.start_again(&[&rules]);
+        server
+    }
+
+    /// The setting that names a `pg_hba.conf` with this text.
+    fn rules(&self, text: &str) -> String {
+        let rules = self.folder.path().join("rules");
+        std::fs::write(&rules, text).expect("pg_hba.conf");
+        let rules = self.place(&rules, "pg_hba.conf");
+        format!("hba_file={}", rules.display())
+    }
+
+    /// A copy of `path` that is the server's alone.
+    fn place(&self, path: &Path, name: &str) -> PathBuf {
+        let copy = self.folder.path().join(name);
+        let mut install = Command::new("install");
+        if is_root() {
+            install.args(["-o", "postgres", "-g", "postgres"]);
+        }
+        let status = install.args(["-m", "600"]).arg(path).arg(&copy).status();
+        assert!(status.expect("install").success());
+        copy
+    }
+
+    fn initialised() -> Self {
+        let server = Self::prepare();
         server.tool("initdb", |initdb| {
             initdb
                 .args(["--no-sync", "--username=ackonce", "--auth=trust"])
                 .args(["--encoding=UTF8", "--locale=C", "--pgdata"])
         });
-        server.start_again(settings);
         server
     }
 
@@ -203,7 +292,7 @@ impl PostgresServer {
 
     /// Starts it on its old port and waits until it answers.
     pub fn start_again(&mut self, settings: &[&str]) {
-        let url = self.url();
+        let url = format!("{}?sslmode=disable", self.url());
         // Children of one that was killed may still hold its memory: then it
         // ends again.
         eventually("PostgreSQL answers", || {
@@ -329,7 +418,7 @@ fn pid_of(process: &Child) -> Pid {
     Pid::from_raw(i32::try_from(process.id()).expect("a pid"))
 }
 
-fn free_port() -> u16 {
+pub(super) fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     listener.local_addr().expect("an address").port()
 }

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use ackonce::config::checked::{BindingArgument, DeadLetters, Handler, Identity, QueueType};
+use ackonce::config::checked::{BindingArgument, DeadLetters, Handler, Identity, QueueType, Tls};
 use ackonce::config::{self, Config, ConfigError, Problem, defaults, keys, to_toml};
 use ackonce::failure::{Class, Overrides};
 use tempfile::TempDir;
@@ -22,13 +22,13 @@ const FAILURES_PAGE: &str = include_str!("../../docs/failures.md");
 
 /// A configuration with nothing but what must be there.
 const SMALLEST: &str = r#"[broker]
-url = "amqp://h"
+url = "amqp://localhost"
 
 [redis]
-url = "redis://h"
+url = "redis://localhost"
 
 [postgres]
-url = "postgres://h/d"
+url = "postgres://localhost/d"
 
 [daemon]
 
@@ -82,7 +82,8 @@ fn the_shipped_configuration_loads_and_holds_every_default() {
         config.broker.urls[0].expose(),
         "amqp://guest:guest@127.0.0.1:5672/%2f"
     );
-    assert_eq!(config.broker.ca_file, None);
+    assert_eq!(config.broker.tls, Tls::default());
+    assert_eq!(config.broker.allow_plaintext, defaults::ALLOW_PLAINTEXT);
     assert_eq!(config.broker.heartbeat, defaults::HEARTBEAT.default);
     assert_eq!(
         config.broker.connect_timeout,
@@ -245,7 +246,7 @@ binding = [
 ]
 "##
     )
-    .replace("amqp://h", "amqps://u:p%2f$${A}@h/v")
+    .replace("amqp://localhost", "amqps://u:p%2f$${A}@h/v")
     .replace("[daemon]", "[ledger]\nretention = \"90d\"\nprune_batch = 7\n[daemon]")
     .replace("[broker]", &format!("[broker]\nca_file = '{}'", ca_file.display()));
     let off = SMALLEST.replace("[redis]", "[redis]\nenabled = false");
@@ -262,7 +263,8 @@ binding = [
 
 #[test]
 fn secrets_are_printed_only_when_asked_for() {
-    let config = parse(&SMALLEST.replace("amqp://h", "amqp://u:hunter2@h")).unwrap();
+    let config =
+        parse(&SMALLEST.replace("amqp://localhost", "amqp://u:hunter2@localhost")).unwrap();
     let printed = to_toml(&config, false);
     assert_eq!(
         printed.matches("url = \"<redacted>\"").count(),
@@ -410,7 +412,7 @@ fn variables_come_from_the_environment_everywhere() {
         "[[consumer.topology.binding]]\nexchange = \"${X}\"\nexchange_type = \"${T:-headers}\"\n\
          arguments = { a = \"${X}\" }",
     )
-    .replace("amqp://h", "amqp://${X}:${Y}@h")
+    .replace("amqp://localhost", "amqp://${X}:${Y}@localhost")
     .replace("[daemon]", "[daemon]\nshutdown_timeout = \"${Y}s\"");
     let env = |name: &str| match name {
         "X" => Some("x".to_owned()),
@@ -418,7 +420,7 @@ fn variables_come_from_the_environment_everywhere() {
         _ => None,
     };
     let config = config::parse(&text, shipped_path(), &env).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(config.broker.urls[0].expose(), "amqp://x:7@h");
+    assert_eq!(config.broker.urls[0].expose(), "amqp://x:7@localhost");
     assert_eq!(config.daemon.shutdown_timeout, Duration::from_secs(7));
     let binding = &config.consumers[0].topology.bindings[0];
     assert_eq!(binding.exchange, "x");
@@ -429,7 +431,10 @@ fn variables_come_from_the_environment_everywhere() {
 fn a_url_can_come_from_a_file_beside_the_configuration() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("ackonce.toml");
-    let text = SMALLEST.replace("url = \"amqp://h\"", "url_file = \"${DIR:-secrets}/amqp\"");
+    let text = SMALLEST.replace(
+        "url = \"amqp://localhost\"",
+        "url_file = \"${DIR:-secrets}/amqp\"",
+    );
     std::fs::create_dir(folder.path().join("secrets")).unwrap();
     let secret = folder.path().join("secrets/amqp");
     std::fs::write(&path, text).unwrap();
@@ -466,10 +471,10 @@ fn a_url_can_come_from_a_file_beside_the_configuration() {
     );
     assert!(!wrong.contains("hunter2"), "{wrong}");
 
-    std::fs::write(&secret, "amqp://u:hunter2@h/v\r\n").unwrap();
+    std::fs::write(&secret, "amqp://u:hunter2@localhost/v\r\n").unwrap();
     assert_eq!(
         load().unwrap().broker.urls[0].expose(),
-        "amqp://u:hunter2@h/v"
+        "amqp://u:hunter2@localhost/v"
     );
 }
 
@@ -477,19 +482,19 @@ fn a_url_can_come_from_a_file_beside_the_configuration() {
 fn a_broker_can_have_several_urls_each_checked_where_it_stands() {
     let with = |list: &str| {
         let env = |name: &str| (name == "PASS").then(|| "hunter2".to_owned());
-        let text = SMALLEST.replace("url = \"amqp://h\"", &format!("url = {list}"));
+        let text = SMALLEST.replace("url = \"amqp://localhost\"", &format!("url = {list}"));
         config::parse(&text, shipped_path(), &env)
     };
-    let config = with("[\"amqp://u:${PASS}@one\", \"amqps://two/v\"]").unwrap();
+    let config = with("[\"amqps://u:${PASS}@one\", \"amqps://two/v\"]").unwrap();
     let urls: Vec<_> = config.broker.urls.iter().map(|url| url.expose()).collect();
-    assert_eq!(urls, ["amqp://u:hunter2@one", "amqps://two/v"]);
+    assert_eq!(urls, ["amqps://u:hunter2@one", "amqps://two/v"]);
     assert_eq!(parse(&config::to_toml(&config, true)).unwrap(), config);
     let shown = config::to_toml(&config, false);
     assert!(
         shown.contains("url = [\"<redacted>\", \"<redacted>\"]"),
         "{shown}"
     );
-    let many: Vec<_> = (0..17).map(|n| format!("\"amqp://h{n}\"")).collect();
+    let many: Vec<_> = (0..17).map(|n| format!("\"amqps://h{n}\"")).collect();
     for (list, column, message) in [
         ("[]", 7, "`url` is an empty list"),
         (
@@ -498,18 +503,18 @@ fn a_broker_can_have_several_urls_each_checked_where_it_stands() {
             "`url` names 17 servers",
         ),
         (
-            "[\"amqp://h\", \"amqp://h\"]",
+            "[\"amqps://h\", \"amqps://h\"]",
             7,
             "names one server twice, the second time as number 2",
         ),
         (
-            "[\"amqp://h\", \"http://h\"]",
-            20,
+            "[\"amqps://h\", \"http://h\"]",
+            21,
             "`url` does not begin with amqp://",
         ),
         (
-            "[\"amqp://h\", 5]",
-            20,
+            "[\"amqps://h\", 5]",
+            21,
             "`url` must be a list of strings, found an integer",
         ),
         ("5", 7, "`url` must be a string"),
@@ -525,14 +530,14 @@ fn a_broker_can_have_several_urls_each_checked_where_it_stands() {
 fn a_file_with_several_urls_has_one_a_line() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("ackonce.toml");
-    let text = SMALLEST.replace("url = \"amqp://h\"", "url_file = \"amqp\"");
+    let text = SMALLEST.replace("url = \"amqp://localhost\"", "url_file = \"amqp\"");
     std::fs::write(&path, text).unwrap();
     let urls = folder.path().join("amqp");
-    std::fs::write(&urls, "amqp://one\r\n\namqp://two/v\n").unwrap();
+    std::fs::write(&urls, "amqps://one\r\n\namqps://two/v\n").unwrap();
     let config = config::load(&path).unwrap_or_else(|error| panic!("{error}"));
     let found: Vec<_> = config.broker.urls.iter().map(|url| url.expose()).collect();
-    assert_eq!(found, ["amqp://one", "amqp://two/v"]);
-    std::fs::write(&urls, "amqp://one\nu:hunter2@two\n").unwrap();
+    assert_eq!(found, ["amqps://one", "amqps://two/v"]);
+    std::fs::write(&urls, "amqps://one\nu:hunter2@two\n").unwrap();
     let error = config::load(&path).unwrap_err().to_string();
     assert!(
         error.contains("`url_file` does not begin with amqp://"),

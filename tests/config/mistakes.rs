@@ -188,13 +188,13 @@ fn every_wrong_item_of_a_list_is_named() {
 fn what_is_missing_is_named_where_it_belongs() {
     for (gone, message, hint, at) in [
         (
-            "url = \"amqp://h\"\n",
+            "url = \"amqp://localhost\"\n",
             "missing key `url` in [broker]",
             "url_file",
             (1, 1),
         ),
         (
-            "[redis]\nurl = \"redis://h\"\n",
+            "[redis]\nurl = \"redis://localhost\"\n",
             "missing section [redis]",
             "enabled = false",
             (19, 17),
@@ -392,11 +392,11 @@ heartbeat = 10
 colour = "red"
 
 [redis]
-url = "redis://h"
+url = "redis://localhost"
 timeout = "soon"
 
 [postgres]
-url = "postgres://h/d"
+url = "postgres://localhost/d"
 auto_migrate = "yes"
 
 [demon]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use ackonce::broker::connection;
 use ackonce::broker::error::{ConnectError, LinkError, Stage, TlsProblem};
 use ackonce::broker::publisher::{Fate, Limits, Publisher};
-use ackonce::config::checked::Broker;
+use ackonce::config::checked::{Broker, Tls};
 
 use super::authority::Authority;
 use super::rig::{Line, PATIENCE, Queue, amqp_url, broker_at, hasty, listener};
@@ -42,6 +42,13 @@ fn a_host_without_address_is_named() {
         error.to_string().contains("no-such-host.invalid"),
         "{error}"
     );
+}
+
+fn trusting(ca_file: PathBuf) -> Tls {
+    Tls {
+        ca_file: Some(ca_file),
+        client: None,
+    }
 }
 
 fn open_error(broker: &Broker) -> ConnectError {
@@ -182,7 +189,7 @@ fn large_bodies_pass_through_tls_unharmed_both_ways() {
     let proxy = TlsProxy::start(&amqp_url(), &authority, "DNS:localhost,IP:127.0.0.1");
     for host in ["localhost", "127.0.0.1"] {
         let broker = Broker {
-            ca_file: Some(authority.file()),
+            tls: trusting(authority.file()),
             ..broker_at(&proxy.url(host))
         };
         let queue = Queue::new();
@@ -227,7 +234,7 @@ fn a_certificate_that_proves_nothing_is_refused_with_the_reason() {
     let problem = |names: &str, days: i32, authority: &Authority, ca_file: PathBuf| {
         let proxy = TlsProxy::start_with(&amqp_url(), authority, names, days);
         let broker = Broker {
-            ca_file: Some(ca_file),
+            tls: trusting(ca_file),
             ..broker_at(&proxy.url("127.0.0.1"))
         };
         match open_error(&broker) {
@@ -256,7 +263,7 @@ fn tls_to_a_plain_port_and_a_ca_file_that_is_none_are_told_apart() {
     let authority = Authority::new("ours");
     let plain = amqp_url().replacen("amqp://", "amqps://", 1);
     let broker = Broker {
-        ca_file: Some(authority.file()),
+        tls: trusting(authority.file()),
         ..broker_at(&plain)
     };
     let error = open_error(&broker);
@@ -279,11 +286,11 @@ fn tls_to_a_plain_port_and_a_ca_file_that_is_none_are_told_apart() {
         ),
     ] {
         let broker = Broker {
-            ca_file: Some(ca_file),
+            tls: trusting(ca_file),
             ..broker_at(&plain)
         };
         let error = open_error(&broker);
-        assert!(matches!(error, ConnectError::Authorities { .. }), "{error}");
+        assert!(matches!(error, ConnectError::Trust(_)), "{error}");
         assert!(error.to_string().contains(reason), "{error}");
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ackonce::broker::connection::{self, Link};
 use ackonce::broker::publisher::{Limits, Outgoing, Publisher};
-use ackonce::config::checked::{Broker, Secret};
+use ackonce::config::checked::{Broker, Secret, Tls};
 use amiquip::{Channel, FieldTable, QueueDeclareOptions, QueueDeleteOptions};
 
 /// Generous: a deadline of these tests is reached only when they fail.
@@ -24,7 +24,8 @@ pub fn amqp_url() -> String {
 pub fn broker_at(url: &str) -> Broker {
     Broker {
         urls: vec![Secret::new(url.to_owned())],
-        ca_file: None,
+        tls: Tls::default(),
+        allow_plaintext: false,
         heartbeat: Duration::from_secs(10),
         connect_timeout: Duration::from_secs(30),
     }

@@ -1,6 +1,7 @@
 //! The deliveries of one connection: to the workers, and settled as they say.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amiquip::{Channel, ConsumerMessage};
@@ -17,7 +18,8 @@ use crate::broker::window::{Order, Window};
 use crate::config::checked::{self, DeadLetters};
 use crate::failpoint::{self, Mutant, Step};
 use crate::lifecycle;
-use crate::message::{Delivery, Epoch, Parcel, Settled, Settlement, Ticket};
+use crate::message::{DeadReason, Delivery, Epoch, Parcel, Purpose, Settled, Settlement, Ticket};
+use crate::observe::metrics::Meter;
 
 /// How long an ack out of turn is held back in the hope that the one before
 /// it comes, so that one frame says both.
@@ -55,6 +57,9 @@ pub(super) struct Flow<'a> {
     repairs: RepairLog,
     window: Window<Shell>,
     courier: Courier,
+    /// Deliveries whose copy is with the courier.
+    copying: HashSet<u64>,
+    meter: Arc<Meter>,
     /// Whether the daemon publishes dead letters itself.
     publishes: bool,
     /// What [`Flow::settled`] said when it was last shown.
@@ -80,6 +85,8 @@ impl<'a> Flow<'a> {
             repairs: link.repairs(),
             window: Window::default(),
             courier: Courier::start(feed.broker, link.server(), feed.consumer, feed.backoff)?,
+            copying: HashSet::new(),
+            meter: Arc::clone(&feed.signs.meter),
             publishes: feed.consumer.topology.dead_letters == DeadLetters::Publish,
             shown: 0,
             kept: VecDeque::new(),
@@ -167,7 +174,9 @@ impl<'a> Flow<'a> {
         let outstanding = self.window.outstanding();
         let settled = self.settled();
         let advanced = settled != std::mem::replace(&mut self.shown, settled);
-        feed.signs.meter.in_flight(outstanding);
+        self.meter.in_flight(outstanding);
+        self.meter.copies(self.copying.len());
+        feed.signs.pulse.copies(self.copying.len());
         feed.signs.pulse.flow(outstanding, advanced);
     }
 
@@ -229,7 +238,7 @@ impl<'a> Flow<'a> {
                 }
                 let repairs = self.repairs.take(self.channel.channel_id(), tag);
                 let message = convert::hollow_out(&mut delivery, repairs);
-                feed.signs.meter.received(message.redelivered);
+                self.meter.received(message.redelivered);
                 self.window.put(tag, Box::new(delivery));
                 let epoch = self.epoch;
                 Ok(Some(Delivery {
@@ -292,18 +301,39 @@ impl<'a> Flow<'a> {
     fn settle(&mut self, settled: Settled) -> Result<(), End> {
         let admitted = lifecycle::admits(self.epoch, &settled.ticket);
         if !admitted && !failpoint::mutant(Mutant::StaleAck) {
+            self.meter.lost_with(settled.settlement);
             return Ok(());
         }
         let tag = settled.ticket.tag;
         match (settled.settlement, settled.parcel) {
+            (Settlement::Ack, _) => self.conclude(tag, Settlement::Ack),
             (Settlement::Retry, Some(parcel)) => self.copy(tag, *parcel),
             (Settlement::Reject, Some(parcel)) if self.publishes => self.copy(tag, *parcel),
-            // Without its body there is no copy: somebody may try it again.
-            (Settlement::Retry, None) => self.conclude(tag, Settlement::Requeue),
-            // Rejected by a queue that nobody proved, it might vanish.
-            (Settlement::Reject, None) if self.publishes => self.conclude(tag, Settlement::Requeue),
-            (settlement, _) => self.conclude(tag, settlement),
+            (Settlement::Reject, Some(parcel)) => match parcel.purpose {
+                Purpose::DeadLetter(reason) => self.reject(tag, reason),
+                Purpose::Retry(_) => self.give_one_back(tag),
+            },
+            // Without its body there is no copy, and without its reason no dead
+            // letter: somebody may try it again.
+            (Settlement::Requeue, _) | (Settlement::Retry | Settlement::Reject, None) => {
+                self.give_one_back(tag)
+            }
         }
+    }
+
+    fn give_one_back(&mut self, tag: u64) -> Result<(), End> {
+        if self.window.get_mut(tag).is_some() {
+            self.meter.returned();
+        }
+        self.conclude(tag, Settlement::Requeue)
+    }
+
+    /// Leaves it to the broker to make a dead letter of it.
+    fn reject(&mut self, tag: u64, reason: DeadReason) -> Result<(), End> {
+        if self.window.get_mut(tag).is_some() {
+            self.meter.dead_lettered(reason);
+        }
+        self.conclude(tag, Settlement::Reject)
     }
 
     fn conclude(&mut self, tag: u64, settlement: Settlement) -> Result<(), End> {
@@ -318,6 +348,7 @@ impl<'a> Flow<'a> {
         let Some(shell) = self.window.get_mut(tag) else {
             return Ok(());
         };
+        self.copying.insert(tag);
         match self.courier.send(Copy::new(shell, parcel)) {
             true => Ok(()),
             false => Err(no_courier()),
@@ -325,12 +356,19 @@ impl<'a> Flow<'a> {
     }
 
     fn delivered(&mut self, (tag, fate): (u64, Delivered)) -> Result<(), End> {
-        let settlement = match fate {
-            Delivered::Yes => Settlement::Ack,
-            Delivered::No => Settlement::Requeue,
-            Delivered::Unfit => Settlement::Reject,
-        };
-        self.conclude(tag, settlement)
+        self.copying.remove(&tag);
+        match fate {
+            Delivered::Yes(purpose) => {
+                match purpose {
+                    Purpose::Retry(_) => self.meter.retried(),
+                    Purpose::DeadLetter(reason) => self.meter.dead_lettered(reason),
+                }
+                self.conclude(tag, Settlement::Ack)
+            }
+            Delivered::No => self.give_one_back(tag),
+            // Its headers leave no room for another try.
+            Delivered::Unfit => self.reject(tag, DeadReason::Rejected),
+        }
     }
 
     /// Acks in turn go at once; those out of turn after a moment, or when they
@@ -456,6 +494,7 @@ impl<'a> Flow<'a> {
                 default(left) => return Ok(()),
             }
             self.send_acks()?;
+            self.show(feed);
         }
     }
 
@@ -468,6 +507,14 @@ impl<'a> Flow<'a> {
             self.delivered(fate)?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Flow<'_> {
+    /// What is on its way here comes again with the connection gone.
+    fn drop(&mut self) {
+        self.meter.lost(self.kept.len() + self.copying.len());
+        self.meter.copies(0);
     }
 }
 

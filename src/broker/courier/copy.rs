@@ -67,6 +67,12 @@ impl Copy {
         self.tag
     }
 
+    /// What it is now, which a copy that had to be made lighter may not have
+    /// been at first.
+    pub(super) fn purpose(&self) -> Purpose {
+        self.parcel.purpose
+    }
+
     pub(super) fn body(&self) -> &[u8] {
         &self.parcel.body
     }

@@ -10,7 +10,7 @@ use crate::config::checked::{HttpHandler, HttpMethod, KeyFormat, Secret};
 use crate::config::error::{Complaint, shown};
 use crate::config::reader::{Section, compare};
 use crate::config::source::Span;
-use crate::config::{defaults, duration, files, keys, servers, urls};
+use crate::config::{defaults, duration, files, keys, servers, tls, urls};
 use crate::failure::HTTP;
 
 /// What it knows.
@@ -19,6 +19,8 @@ pub(super) const KEYS: &[&str] = &[
     "url",
     "url_file",
     "ca_file",
+    "client_cert_file",
+    "client_key_file",
     "content_type",
     "headers",
     "headers_file",
@@ -61,20 +63,11 @@ pub(super) fn handler(section: &Section<'_>) -> Option<HttpHandler> {
         .text("method")
         .then(|text| parse_method(&text))
         .or(HttpMethod::Post);
-    let url = servers::url(section, urls::check_http);
-    let ca_file = section
-        .text("ca_file")
-        .then(|path| servers::certificate_file(section, &path))
-        .optional();
-    if let (Some(ca_file), Some(url)) = (&ca_file, &url)
-        && !urls::is_https(url.expose())
-    {
-        section.reader.report(
-            ca_file.span,
-            "`ca_file` is given, but the URL does not ask for TLS",
-            "begin the URL with https://, or leave out `ca_file`",
-        );
-    }
+    let url = servers::url(section, urls::check_http).map(|(url, ())| url);
+    let plain = url
+        .as_ref()
+        .is_some_and(|url| !urls::is_https(url.expose()));
+    let tls = tls::read(section, plain.then(|| tls::without("https")));
     let content_type = section
         .text("content_type")
         .then(|text| check_value(&text).map(|()| text));
@@ -111,7 +104,7 @@ pub(super) fn handler(section: &Section<'_>) -> Option<HttpHandler> {
     Some(HttpHandler {
         method: method.value,
         url: url?,
-        ca_file: ca_file.map(|field| field.value),
+        tls,
         content_type: content_type.optional().map(|field| field.value),
         headers,
         forward_headers,

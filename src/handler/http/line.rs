@@ -26,7 +26,7 @@ use ureq::unversioned::transport::{
 use url::Host;
 
 use crate::stop::Stop;
-use crate::trust::TlsProblem;
+use crate::trust;
 
 /// How soon a wait notices that it is cancelled or late.
 const TICK: Duration = Duration::from_millis(50);
@@ -164,7 +164,7 @@ impl Dialler {
             return NoLine::Tls(format!("{self}: timed out; does this port speak TLS?"));
         }
         NoLine::Tls(match rustls_error(error) {
-            Some(error) => format!("{self}: {}", tls_text(error)),
+            Some(error) => format!("{self}: {}", trust::explained(error)),
             None => format!("{self}: {error}"),
         })
     }
@@ -296,14 +296,6 @@ pub(super) fn is_cancelled(error: &io::Error) -> bool {
 /// What TLS said, where it was TLS.
 pub(super) fn rustls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
-}
-
-/// With the way out, where there is one.
-pub(super) fn tls_text(error: &rustls::Error) -> String {
-    match TlsProblem::of(error).hint() {
-        Some(hint) => format!("{error}; {hint}"),
-        None => error.to_string(),
-    }
 }
 
 /// A socket whose reads and writes wait until a deadline, or until they are

@@ -14,7 +14,6 @@ use std::io::{self, Read};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use ureq::http::header::{
     CONTENT_TYPE, DATE, HeaderMap, HeaderName, HeaderValue, InvalidHeaderName, InvalidHeaderValue,
@@ -24,7 +23,7 @@ use ureq::http::{Method, Request, Response, Uri};
 use ureq::{Agent, Body};
 use url::Url;
 
-use self::line::{Dialler, NoLine, Unresolved, Wish, is_cancelled, rustls_error, tls_text};
+use self::line::{Dialler, NoLine, Unresolved, Wish, is_cancelled, rustls_error};
 use self::signature::{Signer, webhook_id};
 use super::{Keyed, Work};
 use crate::config::checked::{self, KeyFormat};
@@ -33,7 +32,7 @@ use crate::config::format_duration;
 use crate::failure::{Class, Failure, HttpFailure};
 use crate::identity::idempotency_key;
 use crate::stop::Stop;
-use crate::trust::{self, Untrusting};
+use crate::trust;
 
 /// Says to the receiver which try this is, from 1.
 const ATTEMPT: HeaderName = HeaderName::from_static("ackonce-attempt");
@@ -65,12 +64,9 @@ pub enum SetupError {
     /// A secret is not base64.
     #[error("failed to read the handler's signing secrets: not base64")]
     Secret,
-    /// No certificate can be verified.
-    #[error(transparent)]
-    Trust(#[from] Untrusting),
     /// TLS cannot be set up.
-    #[error("failed to set up TLS: {0}")]
-    Tls(#[from] rustls::Error),
+    #[error(transparent)]
+    Tls(#[from] trust::SetupError),
 }
 
 impl From<InvalidHeaderName> for SetupError {
@@ -220,7 +216,11 @@ impl HttpHandler {
             return no_line(&NoLine::Cancelled);
         }
         if let Some(error) = rustls_error(&error) {
-            let text = format!("TLS with {} failed: {}", self.place, tls_text(error));
+            let text = format!(
+                "TLS with {} failed: {}",
+                self.place,
+                trust::explained(error)
+            );
             return failure(HttpFailure::Tls, text);
         }
         if error.kind() == io::ErrorKind::TimedOut {
@@ -300,11 +300,7 @@ fn dialler(
     let host = address.host().ok_or_else(missing)?.to_owned();
     let tls = match address.scheme() {
         "https" => {
-            let provider = Arc::new(rustls::crypto::ring::default_provider());
-            let tls = ClientConfig::builder_with_provider(provider)
-                .with_safe_default_protocol_versions()?
-                .with_root_certificates(trust::authorities(config.ca_file.as_deref())?)
-                .with_no_client_auth();
+            let tls = trust::client(&config.tls)?;
             Some((Arc::new(tls), server_name(&host)?))
         }
         _ => None,

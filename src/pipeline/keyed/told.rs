@@ -10,6 +10,7 @@ use crate::failure::{Class, Failure};
 use crate::ledger::{CommitError, Hold, Owner, Wanted};
 use crate::lifecycle::Event;
 use crate::message::MessageId;
+use crate::observe::metrics::{LedgerStep, Server};
 use crate::pipeline::apply::{GIVE_BACK_AFTER, PROBES_MAX, split};
 use crate::pipeline::item::Item;
 use crate::postgres::Error;
@@ -30,7 +31,7 @@ impl Foreman {
                 self.call(items);
                 continue;
             };
-            let failure = self.forget(error);
+            let failure = self.forget(error, LedgerStep::Claim);
             // All that the ledger is given of a message is its id.
             if failure.is_data_exception() {
                 match items.len() {
@@ -87,6 +88,7 @@ impl Foreman {
         let holds = self.worker.ledger.claim(&wanted, lease)?;
         self.worker.ledger.commit().map_err(uncommitted)?;
         failpoint::hit(Step::Leased);
+        self.worker.shared.signs.meter.is_up(Server::Postgres, true);
         self.ledger_rest = Rest::default();
         for (mut item, hold) in std::mem::take(items).into_iter().zip(holds) {
             match (hold, &item.id, item.fence) {
@@ -116,7 +118,7 @@ impl Foreman {
             return;
         }
         if let Err(error) = self.try_complete() {
-            let failure = self.forget(error);
+            let failure = self.forget(error, LedgerStep::Complete);
             for item in &mut self.called {
                 item.on(Event::CommitUnknown);
             }
@@ -191,9 +193,16 @@ impl Foreman {
     }
 
     /// Gives up a transaction, and the session if that is what is wrong.
-    pub(super) fn forget(&mut self, error: Error) -> Failure {
+    pub(super) fn forget(&mut self, error: Error, step: LedgerStep) -> Failure {
         let lost = !matches!(error, Error::Refused(_));
         let failure = error.into_failure();
+        let meter = &self.worker.shared.signs.meter;
+        if !failure.is_data_exception() {
+            meter.ledger_failed(step);
+        }
+        if lost {
+            meter.is_up(Server::Postgres, false);
+        }
         match lost || failure.class == Class::Systemic {
             true => self.worker.ledger.lost(),
             false => self.worker.ledger.rollback(),
@@ -209,7 +218,6 @@ impl Foreman {
             self.worker.say_replaced(failure);
             return self.ledger_rest.begin(Duration::ZERO);
         }
-        self.worker.show_lost(failure);
         if failure.class == Class::Systemic {
             self.worker.close_gate(failure);
         }
