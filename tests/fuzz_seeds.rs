@@ -65,6 +65,19 @@ fn whatever_holds_for_any_bytes_holds_for_every_seed() {
     checks::config(include_bytes!("../config.toml"));
 }
 
+/// Else nothing would go further than the first mistake.
+#[test]
+fn the_seeds_named_as_configurations_are_sound() {
+    let is_named = |path: &Path| path.extension().is_some_and(|end| end == "toml");
+    let mut sound = 0;
+    for (path, seed) in seeds("config").iter().filter(|(path, _)| is_named(path)) {
+        let read = checks::parse(std::str::from_utf8(seed).unwrap());
+        assert!(read.is_ok(), "{}: {read:?}", path.display());
+        sound += 1;
+    }
+    assert!(sound >= 2, "{sound}");
+}
+
 /// Seeds of a target with bytes overwritten, taken out and put in.
 fn mutants(target: &'static str) -> impl Strategy<Value = Vec<u8>> {
     let seeds: Vec<Vec<u8>> = seeds(target).into_iter().map(|(_, seed)| seed).collect();

@@ -13,7 +13,7 @@ mod text;
 
 pub use amqp::{delivery, frames};
 pub use lines::{answers, letters};
-pub use text::{config, sql, times, values};
+pub use text::{config, parse, sql, times, values};
 
 /// A check of some bytes.
 pub type Check = fn(&[u8]);

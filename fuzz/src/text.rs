@@ -14,10 +14,13 @@ use ackonce::handler::sql::SqlHandler;
 
 /// A configuration with little more than what must be there.
 pub(super) const BASE: &str = r#"[broker]
+allow_plaintext = true
 url = "amqp://h"
 [redis]
+allow_plaintext = true
 url = "redis://h"
 [postgres]
+allow_plaintext = true
 url = "postgres://h/d"
 [ledger]
 retention = "7d"
@@ -93,7 +96,12 @@ const SLOTS: [Slot; 22] = [
 /// durations alone.
 const YEARS: RangeInclusive<i64> = -62_167_219_200_000_000..=253_402_300_799_999_999;
 
-pub(super) fn parse(text: &str) -> Result<Config, ConfigError> {
+/// The configuration in `text`, as the checks read it.
+///
+/// # Errors
+///
+/// What is wrong with it.
+pub fn parse(text: &str) -> Result<Config, ConfigError> {
     // No file is there.
     let origin = Path::new("/nonexistent/ackonce/config.toml");
     config::parse(text, origin, &|name| {
