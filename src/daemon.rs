@@ -105,6 +105,7 @@ fn show(
     handler: &Handler,
 ) -> Signs {
     let signs = shown.signs(&consumer.name);
+    signs.pulse.may_take(consumer.handler.longest_call());
     if config.redis.is_none() {
         shown.metrics.without(&consumer.name, Server::Redis);
     }

@@ -61,7 +61,7 @@ fn a_consumer_that_does_not_consume_is_named_with_its_cause() {
     let daemon = world.run(&world.orders());
     world.db.execute("ALTER TABLE effect RENAME TO gone");
     world.broker.send(ORDERS, [Msg::new("m")]);
-    daemon.wait_for_log(&["pausing"]);
+    daemon.wait_for_log(&["paused"]);
     let paused = status(&daemon, &[]);
     assert_eq!(paused.status.code(), Some(1));
     let text = String::from_utf8(paused.stdout).unwrap();

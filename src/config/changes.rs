@@ -1,6 +1,7 @@
 //! What differs between two configurations, in words that may be logged.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use toml::{Table, Value};
 
@@ -24,28 +25,18 @@ pub fn changes(old: &Config, new: &Config) -> Vec<String> {
     for name in old_names.iter().filter(|name| !new_names.contains(name)) {
         changes.push(format!("consumer.{name}: removed"));
     }
-    let stays = |path: &str| match path.strip_prefix("consumer.") {
-        Some(rest) => {
-            let of = |name: &&String| {
-                let after = rest.strip_prefix(name.as_str());
-                after.is_some_and(|after| after.starts_with('.'))
-            };
-            old_names
-                .iter()
-                .any(|name| of(&name) && new_names.contains(name))
-        }
+    let stays = |key: &Key| match &key.consumer {
+        Some(name) => old_names.contains(name) && new_names.contains(name),
         None => true,
     };
-    let mut paths: Vec<&String> = old.real.keys().chain(new.real.keys()).collect();
-    paths.sort_unstable();
-    paths.dedup();
-    for path in paths {
-        if stays(path) && old.real.get(path) != new.real.get(path) {
-            changes.push(match (old.shown(path), new.shown(path)) {
-                (Some(old), Some(new)) if old != new => format!("{path}: {old} is now {new}"),
-                (None, Some(new)) => format!("{path}: now {new}"),
-                (Some(old), None) => format!("{path}: no longer {old}"),
-                _ => format!("{path}: changed"),
+    let keys: BTreeSet<&Key> = old.real.keys().chain(new.real.keys()).collect();
+    for key in keys {
+        if stays(key) && old.real.get(key) != new.real.get(key) {
+            changes.push(match (old.shown(key), new.shown(key)) {
+                (Some(old), Some(new)) if old != new => format!("{key}: {old} is now {new}"),
+                (None, Some(new)) => format!("{key}: now {new}"),
+                (Some(old), None) => format!("{key}: no longer {old}"),
+                _ => format!("{key}: changed"),
             });
         }
     }
@@ -57,11 +48,39 @@ fn names(config: &Config) -> Vec<String> {
     consumers.map(|consumer| consumer.name.clone()).collect()
 }
 
-/// The values of a configuration by dotted path.
+/// Where a value stands. A consumer's name may hold dots too.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    consumer: Option<String>,
+    path: String,
+}
+
+impl Key {
+    fn below(&self, key: &str) -> Self {
+        Self {
+            consumer: self.consumer.clone(),
+            path: match self.path.as_str() {
+                "" => key.to_owned(),
+                path => format!("{path}.{key}"),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(name) = &self.consumer {
+            write!(f, "consumer.{name}.")?;
+        }
+        f.write_str(&self.path)
+    }
+}
+
+/// The values of a configuration.
 struct Keys {
-    real: BTreeMap<String, Value>,
+    real: BTreeMap<Key, Value>,
     /// Without secrets.
-    public: BTreeMap<String, Value>,
+    public: BTreeMap<Key, Value>,
 }
 
 impl Keys {
@@ -70,7 +89,7 @@ impl Keys {
             let mut keys = BTreeMap::new();
             // It was printed by us: what cannot be read back shows no change.
             let table: Table = to_toml(config, show_secrets).parse().unwrap_or_default();
-            flatten("", Value::Table(table), &mut keys);
+            flatten(&Key::default(), Value::Table(table), &mut keys);
             keys
         });
         Self { real, public }
@@ -78,33 +97,32 @@ impl Keys {
 
     /// What may be shown of a value: `None` when there is none. A long one says
     /// no more than that it is there.
-    fn shown(&self, path: &str) -> Option<String> {
-        let text = self.public.get(path)?.to_string();
+    fn shown(&self, key: &Key) -> Option<String> {
+        let text = self.public.get(key)?.to_string();
         let is_short = text.chars().count() <= SHOWN_MAX && !text.contains('\n');
         Some(if is_short { text } else { "(long)".to_owned() })
     }
 }
 
-fn flatten(path: &str, value: Value, keys: &mut BTreeMap<String, Value>) {
-    let below = |key: &str| match path {
-        "" => key.to_owned(),
-        _ => format!("{path}.{key}"),
-    };
+fn flatten(at: &Key, value: Value, keys: &mut BTreeMap<Key, Value>) {
     match value {
         Value::Table(table) => {
             for (key, value) in table {
-                flatten(&below(&key), value, keys);
+                flatten(&at.below(&key), value, keys);
             }
         }
-        Value::Array(consumers) if path == "consumer" => {
+        Value::Array(consumers) if at.consumer.is_none() && at.path == "consumer" => {
             for consumer in consumers {
                 let name = consumer.get("name").and_then(Value::as_str);
-                let name = below(name.unwrap_or_default());
-                flatten(&name, consumer, keys);
+                let at = Key {
+                    consumer: Some(name.unwrap_or_default().to_owned()),
+                    path: String::new(),
+                };
+                flatten(&at, consumer, keys);
             }
         }
         value => {
-            keys.insert(path.to_owned(), value);
+            keys.insert(at.clone(), value);
         }
     }
 }

@@ -406,6 +406,17 @@ impl Handler {
             Self::Rust(effect) => *effect,
         }
     }
+
+    /// Longest time that one call of it may take by its own configuration;
+    /// nothing where it has none.
+    #[must_use]
+    pub fn longest_call(&self) -> Duration {
+        match self {
+            Self::Sql(_) | Self::Rust(_) => Duration::ZERO,
+            Self::Command(command) => command.timeout.saturating_add(command.start_timeout),
+            Self::Http(http) => http.timeout,
+        }
+    }
 }
 
 /// What a handler's effect can promise.

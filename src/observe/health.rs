@@ -40,6 +40,8 @@ struct State {
     copies: usize,
     /// When a delivery was last settled, or there was none to settle.
     advanced: Instant,
+    /// How long one message may take, as far as that is configured.
+    takes: Duration,
 }
 
 impl Pulse {
@@ -53,6 +55,7 @@ impl Pulse {
                 in_flight: 0,
                 copies: 0,
                 advanced: now,
+                takes: Duration::ZERO,
             }),
         }
     }
@@ -65,6 +68,12 @@ impl Pulse {
     /// It has no connection, for this reason.
     pub fn connecting(&self, cause: &str) {
         self.lock().doing = Doing::Connecting(one_line(cause));
+    }
+
+    /// One message may take so long: with nothing settled for twice that time
+    /// it need not be stuck.
+    pub fn may_take(&self, longest: Duration) {
+        self.lock().takes = longest;
     }
 
     /// It is subscribed.
@@ -225,6 +234,7 @@ fn report(pulse: &Pulse, stall_after: Duration, now: Instant) -> Report {
         (Doing::Consuming, None) => ("consuming", None),
     };
     let idle = now.saturating_duration_since(state.advanced);
+    let stall_after = stall_after.max(state.takes.saturating_mul(2));
     let stalled = if now > state.due {
         Some("its thread does not come round".to_owned())
     } else if name == "consuming" && state.in_flight > state.copies && idle > stall_after {
@@ -302,6 +312,17 @@ mod tests {
         health.forget("orders");
         let left: Vec<String> = health.reports().into_iter().map(|r| r.consumer).collect();
         assert_eq!(left, ["bills"]);
+    }
+
+    #[test]
+    fn a_handler_that_may_take_longer_is_waited_for() {
+        let pulse = Pulse::new("orders", Instant::now());
+        pulse.consuming();
+        pulse.beat(10 * STALL);
+        pulse.flow(3, false);
+        pulse.may_take(2 * STALL);
+        assert!(after(&pulse, 3 * STALL).is_alive());
+        assert!(!after(&pulse, 5 * STALL).is_alive());
     }
 
     #[test]
