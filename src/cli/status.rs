@@ -37,7 +37,7 @@ since it was started; with --watch, PER SECOND is what was settled between two l
 
 --json prints one object: version, pid, uptime_seconds, consumers. Each of consumers has consumer, \
 state (starting, connecting, consuming, paused, stopping), in_flight, parked, messages (by outcome: \
-applied, duplicate, retried, dead-lettered, returned), servers (rabbitmq, redis, postgresql: whether \
+applied, duplicate, retried, dead-lettered, returned, lost), servers (rabbitmq, redis, postgresql: whether \
 the last thing heard of them was good), and where they apply cause, why it does not consume, and \
 stalled, why it counts as dead. With --watch one object a line.
 
@@ -211,6 +211,7 @@ fn text(status: &Status, json: bool, last: Option<&(Instant, Status)>) -> String
         "RETRIED",
         "DEAD",
         "RETURNED",
+        "LOST",
     ];
     if last.is_some() {
         headings.push("PER SECOND");
@@ -231,6 +232,7 @@ fn text(status: &Status, json: bool, last: Option<&(Instant, Status)>) -> String
             count("retried"),
             count("dead-lettered"),
             count("returned"),
+            count("lost"),
         ];
         if let Some((at, last)) = last {
             row.push(rate(consumer, last, at.elapsed()));
