@@ -5,26 +5,12 @@ mod common;
 
 use std::process::Output;
 
-use common::{Config, Consumer, Msg, ORDERS, Proxy, World, eventually, run_ackonce};
+use common::{Consumer, Msg, ORDERS, Proxy, World, eventually, run_ackonce, said};
 
 const OK: i32 = 0;
 const UNAVAILABLE: i32 = 69;
 const NO_PERMISSION: i32 = 77;
 const BAD_CONFIG: i32 = 78;
-
-/// Runs `ackonce ARGUMENTS --config` with `config`.
-fn ackonce(world: &World, config: &Config, arguments: &[&str]) -> Output {
-    let path = world.write("config.toml", &config.text());
-    let mut all = arguments.to_vec();
-    all.extend(["--config", path.to_str().unwrap()]);
-    run_ackonce(&all)
-}
-
-/// What was said, on either stream.
-fn said(output: &Output) -> String {
-    let streams = [output.stdout.as_slice(), output.stderr.as_slice()];
-    String::from_utf8_lossy(&streams.concat()).into_owned()
-}
 
 fn assert_status(output: &Output, status: i32) {
     assert_eq!(output.status.code(), Some(status), "{}", said(output));
@@ -80,7 +66,7 @@ fn every_problem_of_a_config_is_named_at_once() {
         &["run"],
         &["migrate"],
     ] {
-        let output = ackonce(&world, &config, arguments);
+        let output = world.ackonce(&config, arguments);
         assert_status(&output, BAD_CONFIG);
         assert_says(
             &output,
@@ -146,11 +132,11 @@ fn a_handler_file_is_found_beside_its_config() {
 fn check_passes_offline_and_online() {
     let world = World::new();
     let config = world.orders();
-    assert_status(&ackonce(&world, &config, &["check", "--offline"]), OK);
+    assert_status(&world.ackonce(&config, &["check", "--offline"]), OK);
     // Before and after the first run.
-    assert_status(&ackonce(&world, &config, &["check"]), OK);
+    assert_status(&world.ackonce(&config, &["check"]), OK);
     world.prepare(&config);
-    assert_status(&ackonce(&world, &config, &["check"]), OK);
+    assert_status(&world.ackonce(&config, &["check"]), OK);
 }
 
 #[test]
@@ -164,9 +150,9 @@ fn check_tells_a_server_that_is_out_of_reach() {
         let proxy = Proxy::before(url, 0);
         proxy.go_down();
         let config = world.orders().set(key, proxy.url());
-        let output = ackonce(&world, &config, &["check"]);
+        let output = world.ackonce(&config, &["check"]);
         assert_status(&output, UNAVAILABLE);
-        assert_status(&ackonce(&world, &config, &["check", "--offline"]), OK);
+        assert_status(&world.ackonce(&config, &["check", "--offline"]), OK);
     }
 }
 
@@ -176,23 +162,23 @@ fn check_tells_a_login_that_is_denied_and_keeps_the_password_to_itself() {
     let mut url = url::Url::parse(world.amqp_url()).unwrap();
     url.set_password(Some("s3cr3t-and-wrong")).unwrap();
     let config = world.orders().set("broker.url", url.as_str());
-    let output = ackonce(&world, &config, &["check"]);
+    let output = world.ackonce(&config, &["check"]);
     assert_status(&output, NO_PERMISSION);
     assert!(!said(&output).contains("s3cr3t"), "{}", said(&output));
 
     let mut url = url::Url::parse(world.postgres_url()).unwrap();
     url.set_username("nobody_of_that_name").unwrap();
     let config = world.orders().set("postgres.url", url.as_str());
-    assert_status(&ackonce(&world, &config, &["check"]), NO_PERMISSION);
+    assert_status(&world.ackonce(&config, &["check"]), NO_PERMISSION);
 }
 
 #[test]
 fn migrate_can_run_twice() {
     let world = World::new();
     let config = world.orders();
-    assert_status(&ackonce(&world, &config, &["migrate"]), OK);
+    assert_status(&world.ackonce(&config, &["migrate"]), OK);
     let ledger_id = world.db.ledger_id();
-    assert_status(&ackonce(&world, &config, &["migrate"]), OK);
+    assert_status(&world.ackonce(&config, &["migrate"]), OK);
     assert_eq!(world.db.ledger_id(), ledger_id);
 }
 
@@ -200,10 +186,10 @@ fn migrate_can_run_twice() {
 fn run_refuses_an_old_schema_and_says_what_to_do() {
     let world = World::new();
     let config = world.orders().set("postgres.auto_migrate", false);
-    let output = ackonce(&world, &config, &["run"]);
+    let output = world.ackonce(&config, &["run"]);
     assert_status(&output, BAD_CONFIG);
     assert_says(&output, &["ackonce migrate"]);
-    assert_status(&ackonce(&world, &config, &["migrate"]), OK);
+    assert_status(&world.ackonce(&config, &["migrate"]), OK);
     world.prepare(&config);
 }
 
@@ -252,13 +238,14 @@ fn the_ledgers_id_is_renewed_only_while_no_daemon_is_connected() {
     world.broker.send(ORDERS, [Msg::new("m")]);
     world.wait_for_effects(1);
     let before = world.db.ledger_id();
-    let refused = ackonce(&world, &config, &["ledger", "renew-id"]);
+    let refused = world.ackonce(&config, &["ledger", "renew-id"]);
     assert_status(&refused, 75);
     assert_says(&refused, &["is connected", "stop every daemon"]);
     assert_eq!(world.db.ledger_id(), before);
     daemon.stop();
     eventually("its sessions are closed", || {
-        ackonce(&world, &config, &["ledger", "renew-id"])
+        world
+            .ackonce(&config, &["ledger", "renew-id"])
             .status
             .success()
     });

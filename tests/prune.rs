@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use ackonce::config::checked;
@@ -12,7 +12,7 @@ use ackonce::ledger::prune::{Counts, Sweeper};
 use ackonce::postgres::Session;
 use ackonce::prune::{self, Round};
 use ackonce::stop;
-use common::{Config, ORDERS, World, eventually, numbered, numbered_ids, run_ackonce};
+use common::{ORDERS, World, eventually, numbered, numbered_ids, said};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -285,7 +285,7 @@ fn a_daemon_that_may_not_delete_says_so_and_consumes() {
     daemon.wait_for_log(&["failed to prune", "ledger"]);
     world.broker.send(ORDERS, numbered("m", 10));
     world.wait_for_effects(10);
-    let check = ackonce(&world, &config, &["check"]);
+    let check = world.ackonce(&config, &["check"]);
     assert_eq!(check.status.code(), Some(77), "{}", said(&check));
     assert!(said(&check).contains("ackonce.ledger (DELETE)"));
     world.db.execute(&format!(
@@ -298,18 +298,6 @@ fn a_daemon_that_may_not_delete_says_so_and_consumes() {
     world
         .db
         .execute(&format!("drop owned by {role}; drop role {role}"));
-}
-
-fn ackonce(world: &World, config: &Config, arguments: &[&str]) -> Output {
-    let path = world.write("config.toml", &config.text());
-    let mut all = arguments.to_vec();
-    all.extend(["--config", path.to_str().unwrap()]);
-    run_ackonce(&all)
-}
-
-fn said(output: &Output) -> String {
-    let streams = [output.stdout.as_slice(), output.stderr.as_slice()];
-    String::from_utf8_lossy(&streams.concat()).into_owned()
 }
 
 #[test]
@@ -328,7 +316,7 @@ fn by_hand_it_counts_then_deletes_and_warns_of_old_dead_letters() {
         (&["ledger", "prune", "--dry-run"][..], "would delete", 35),
         (&["ledger", "prune"], "deleted", 5),
     ] {
-        let output = ackonce(&world, &config, arguments);
+        let output = world.ackonce(&config, arguments);
         assert_eq!(output.status.code(), Some(0), "{}", said(&output));
         let text = said(&output);
         for part in [
@@ -342,7 +330,7 @@ fn by_hand_it_counts_then_deletes_and_warns_of_old_dead_letters() {
         }
         assert_eq!(world.db.count(rows), left);
     }
-    let check = ackonce(&world, &config, &["check"]);
+    let check = world.ackonce(&config, &["check"]);
     assert!(said(&check).contains("dead letters of orders: 1 dead letter(s)"));
     let daemon = world.run(&config);
     daemon.wait_for_log(&["1 dead letter(s)", "consumer=orders"]);
@@ -355,22 +343,18 @@ fn by_hand_less_than_the_retention_needs_a_yes() {
     let rows = "select count(*) from ackonce.ledger";
     let config = world.orders();
     let prune = ["ledger", "prune", "--older-than", "1d"];
-    let refused = ackonce(&world, &config, &prune);
+    let refused = world.ackonce(&config, &prune);
     assert_eq!(refused.status.code(), Some(2), "{}", said(&refused));
     assert!(said(&refused).contains("--yes"));
     assert_eq!(world.db.count(rows), 5);
-    let dry = ackonce(&world, &config, &[&prune[..], &["--dry-run"]].concat());
+    let dry = world.ackonce(&config, &[&prune[..], &["--dry-run"]].concat());
     assert_eq!(dry.status.code(), Some(0), "{}", said(&dry));
     assert_eq!(world.db.count(rows), 5);
-    let done = ackonce(&world, &config, &[&prune[..], &["--yes"]].concat());
+    let done = world.ackonce(&config, &[&prune[..], &["--yes"]].concat());
     assert_eq!(done.status.code(), Some(0), "{}", said(&done));
     assert_eq!(world.db.count(rows), 0);
     for nonsense in ["1 day", "-1d", "200000d", "99999999999999999999d", ""] {
-        let output = ackonce(
-            &world,
-            &config,
-            &["ledger", "prune", "--older-than", nonsense],
-        );
+        let output = world.ackonce(&config, &["ledger", "prune", "--older-than", nonsense]);
         assert_eq!(
             output.status.code(),
             Some(2),
@@ -385,10 +369,10 @@ fn by_hand_it_waits_for_nobody() {
     let world = World::migrated();
     let mut other = sweeper(&world);
     assert!(other.lock().unwrap());
-    let output = ackonce(&world, &world.orders(), &["ledger", "prune"]);
+    let output = world.ackonce(&world.orders(), &["ledger", "prune"]);
     assert_eq!(output.status.code(), Some(75), "{}", said(&output));
     // Counting needs nobody's leave.
-    let output = ackonce(&world, &world.orders(), &["ledger", "prune", "--dry-run"]);
+    let output = world.ackonce(&world.orders(), &["ledger", "prune", "--dry-run"]);
     assert_eq!(output.status.code(), Some(0), "{}", said(&output));
 }
 

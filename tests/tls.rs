@@ -9,7 +9,7 @@ use std::process::Output;
 
 use common::{
     Authority, Config, Leaf, ORDERS, PostgresServer, RedisServer, TlsListener, World, numbered,
-    numbered_ids, run_ackonce,
+    numbered_ids, said,
 };
 
 const OK: i32 = 0;
@@ -88,18 +88,6 @@ fn in_plain_text(postgres: &PostgresServer) -> String {
     postgres.url() + PLAIN_TEXT
 }
 
-fn ackonce(world: &World, config: &Config, arguments: &[&str]) -> Output {
-    let path = world.write("config.toml", &config.text());
-    let mut all = arguments.to_vec();
-    all.extend(["--config", path.to_str().unwrap()]);
-    run_ackonce(&all)
-}
-
-fn said(output: &Output) -> String {
-    let streams = [output.stdout.as_slice(), output.stderr.as_slice()];
-    String::from_utf8_lossy(&streams.concat()).into_owned()
-}
-
 #[track_caller]
 fn assert_said(output: &Output, status: i32, parts: &[&str]) {
     let said = said(output);
@@ -147,7 +135,7 @@ fn is_refused(link: Link, fault: Fault) {
             &format!("{section}.ca_file"),
             trusted.file().to_str().unwrap(),
         );
-    let output = ackonce(&world, &config, &["check"]);
+    let output = world.ackonce(&config, &["check"]);
     assert_said(&output, UNAVAILABLE, &[]);
     let error = only_error(&output, link);
     assert!(error.contains(says), "{error}");
@@ -156,7 +144,7 @@ fn is_refused(link: Link, fault: Fault) {
     if let Fault::Authority = fault {
         let ours = ours.file();
         let config = config.set(&format!("{section}.ca_file"), ours.to_str().unwrap());
-        assert_said(&ackonce(&world, &config, &["check"]), OK, &[]);
+        assert_said(&world.ackonce(&config, &["check"]), OK, &[]);
     }
 }
 
@@ -230,18 +218,18 @@ fn wants_a_client_certificate(link: Link, status: i32, says: &str) {
         .orders()
         .set(&format!("{section}.url"), server.url(&world))
         .set(&format!("{section}.ca_file"), ours.file().to_str().unwrap());
-    let without = ackonce(&world, &config, &["check"]);
+    let without = world.ackonce(&config, &["check"]);
     assert_said(&without, status, &[]);
     let error = only_error(&without, link);
     assert!(error.contains(says), "{error}");
 
     let stranger = other.issue_files("DNS:stranger", 1);
-    let output = ackonce(&world, &shows(config.clone(), link, &stranger), &["check"]);
+    let output = world.ackonce(&shows(config.clone(), link, &stranger), &["check"]);
     assert!(output.status.code() != Some(OK), "{}", said(&output));
     only_error(&output, link);
 
     let friend = ours.issue_files("DNS:friend", 1);
-    let output = ackonce(&world, &shows(config, link, &friend), &["check"]);
+    let output = world.ackonce(&shows(config, link, &friend), &["check"]);
     assert_said(&output, OK, &[]);
 }
 
@@ -309,7 +297,7 @@ fn a_url_that_goes_to_another_machine_in_plain_text_is_refused_unless_it_is_allo
             "postgres://u:hunter2@db.example/d?sslmode=prefer",
         );
     for command in ["run", "check", "migrate"] {
-        let output = ackonce(&world, &plain, &[command]);
+        let output = world.ackonce(&plain, &[command]);
         let three = [
             "set allow_plaintext = true in [broker]",
             "set allow_plaintext = true in [redis]",
@@ -323,7 +311,7 @@ fn a_url_that_goes_to_another_machine_in_plain_text_is_refused_unless_it_is_allo
         .set("broker.allow_plaintext", true)
         .set("redis.allow_plaintext", true)
         .set("postgres.allow_plaintext", true);
-    let output = ackonce(&world, &allowed, &["check", "--offline"]);
+    let output = world.ackonce(&allowed, &["check", "--offline"]);
     assert_said(&output, OK, &[]);
 }
 
@@ -336,7 +324,7 @@ fn files_that_are_of_no_use_are_named_before_anything_starts() {
         .orders()
         .set("broker.url", "amqps://127.0.0.1:1/v")
         .set("broker.client_cert_file", leaf.cert().to_str().unwrap());
-    let alone = ackonce(&world, &config, &["check", "--offline"]);
+    let alone = world.ackonce(&config, &["check", "--offline"]);
     assert_said(
         &alone,
         BAD_CONFIG,
@@ -345,7 +333,7 @@ fn files_that_are_of_no_use_are_named_before_anything_starts() {
     let swapped = config
         .clone()
         .set("broker.client_key_file", leaf.cert().to_str().unwrap());
-    let output = ackonce(&world, &swapped, &["check", "--offline"]);
+    let output = world.ackonce(&swapped, &["check", "--offline"]);
     assert_said(
         &output,
         BAD_CONFIG,
@@ -357,7 +345,7 @@ fn files_that_are_of_no_use_are_named_before_anything_starts() {
         "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMA==\n-----END ENCRYPTED PRIVATE KEY-----\n",
     );
     let encrypted = config.set("broker.client_key_file", locked.to_str().unwrap());
-    let output = ackonce(&world, &encrypted, &["check", "--offline"]);
+    let output = world.ackonce(&encrypted, &["check", "--offline"]);
     assert_said(&output, BAD_CONFIG, &["needs a pass phrase"]);
 }
 
@@ -376,7 +364,7 @@ fn needs_a_pair(link: Link) {
         &format!("{section}.client_key_file"),
         other.key().to_str().unwrap(),
     );
-    let output = ackonce(&world, &mixed, &["check"]);
+    let output = world.ackonce(&mixed, &["check"]);
     assert_said(&output, BAD_CONFIG, &["does it belong to the key in"]);
     only_error(&output, link);
 }
@@ -398,7 +386,7 @@ fn a_key_that_everybody_can_read_is_warned_of() {
     for (mode, warned) in [(0o644, true), (0o640, false), (0o600, false)] {
         let mode_of = std::fs::Permissions::from_mode(mode);
         std::fs::set_permissions(leaf.key(), mode_of).unwrap();
-        let output = ackonce(&world, &config, &["check", "--offline"]);
+        let output = world.ackonce(&config, &["check", "--offline"]);
         assert_said(&output, OK, &[]);
         let says = said(&output).contains("can be read by everybody");
         assert_eq!(says, warned, "{mode:o}: {}", said(&output));

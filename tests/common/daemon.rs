@@ -22,6 +22,12 @@ pub fn run_ackonce<S: AsRef<std::ffi::OsStr>>(arguments: &[S]) -> Output {
         .expect("the binary under test starts")
 }
 
+/// What was said, on either stream.
+pub fn said(output: &Output) -> String {
+    let streams = [output.stdout.as_slice(), output.stderr.as_slice()];
+    String::from_utf8_lossy(&streams.concat()).into_owned()
+}
+
 pub(super) fn command() -> Command {
     let mut command = Command::new(BINARY);
     command

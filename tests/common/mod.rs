@@ -35,7 +35,7 @@ pub use admin::Admin;
 pub use authority::{Authority, Leaf};
 pub use broker::{Broker, Dead, Msg, numbered, numbered_ids};
 pub use config::{Config, Consumer};
-pub use daemon::{Daemon, Gate, run_ackonce};
+pub use daemon::{Daemon, Gate, run_ackonce, said};
 pub use database::{Database, Failure};
 pub use management::Management;
 pub use private::PrivateBroker;

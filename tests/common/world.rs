@@ -152,6 +152,13 @@ impl World {
         daemon
     }
 
+    /// Runs `ackonce ARGUMENTS --config` with `config`, to its end.
+    pub fn ackonce(&self, config: &Config, arguments: &[&str]) -> std::process::Output {
+        let path = self.write("config.toml", &config.text());
+        let path = path.to_str().expect("a path in UTF-8");
+        super::run_ackonce(&[arguments, &["--config", path]].concat())
+    }
+
     /// A daemon to be started.
     pub fn daemon(&self, config: &Config) -> super::daemon::Builder {
         let path = self.write(&format!("config-{:08x}.toml", random()), &config.text());
