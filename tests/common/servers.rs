@@ -149,6 +149,18 @@ impl RedisServer {
         }
     }
 
+    /// How many of its keys that fit `pattern` say that an id is done.
+    pub fn count_marks(&self, pattern: &str) -> usize {
+        const COUNT: &str = "local marks = 0 \
+             for _, key in ipairs(redis.call('keys', ARGV[1])) do \
+             if redis.call('getrange', key, 0, 1) == 'd:' then marks = marks + 1 end end \
+             return marks";
+        match self.run(&["EVAL", COUNT, "0", pattern]) {
+            Value::Int(marks) => usize::try_from(marks).expect("a count"),
+            other => panic!("EVAL said {other:?}"),
+        }
+    }
+
     /// A number of `INFO`.
     pub fn info(&self, field: &str) -> i64 {
         let mut connection = Client::open(self.url())
