@@ -43,6 +43,9 @@ static TURN: Mutex<()> = Mutex::new(());
 /// far less than a machine with time of its own sees, for there are others.
 const LONG: Duration = Duration::from_secs(100);
 const KINDS_AT_LEAST: usize = 10;
+/// A kind that was tried so often has happened, or nobody looks for it in the
+/// right place.
+const TRIED_IN_VAIN: u64 = 10;
 /// One of each.
 const WANTED: [&[Kind]; 2] = [&[Kind::CommitCut, Kind::CommitKill], &[Kind::AckCut]];
 
@@ -107,6 +110,11 @@ fn missing(tally: &Tally) -> Vec<String> {
         if !wanted.iter().any(|kind| seen.contains(kind.name())) {
             let names: Vec<_> = wanted.iter().map(|kind| kind.name()).collect();
             missing.push(format!("no {}", names.join(" and no ")));
+        }
+    }
+    for (name, (tried, seen)) in tally {
+        if *tried >= TRIED_IN_VAIN && *seen == 0 {
+            missing.push(format!("no {name}, tried {tried} times"));
         }
     }
     missing

@@ -266,8 +266,8 @@ fn set_clock(stage: &Stage<'_>, dice: &mut Dice) -> u64 {
 
 /// Whether a line of the log has a time that is an hour off from now.
 fn is_off_by_an_hour(line: &str, seconds: i64) -> bool {
-    let Some(minutes) = line.get(12..17).and_then(|time| {
-        let (hours, minutes) = time.split_once(':')?;
+    let Some(minutes) = line.split_once('T').and_then(|(_, time)| {
+        let (hours, minutes) = time.get(..5)?.split_once(':')?;
         Some(hours.parse::<i64>().ok()? * 60 + minutes.parse::<i64>().ok()?)
     }) else {
         return false;
