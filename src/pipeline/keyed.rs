@@ -137,11 +137,12 @@ impl Foreman {
     /// to an end, or the time for that is over.
     pub fn run(mut self) {
         loop {
-            let deliveries = self.wait();
+            let first = self.wait();
             self.collect();
             self.complete();
             self.conclude();
             self.worker.tell();
+            let deliveries = self.fill(first);
             let fresh = self.worker.identify(deliveries);
             if self.is_ending() {
                 for item in fresh {
@@ -187,49 +188,35 @@ impl Foreman {
         shared.stop.is_set() && shared.stop.left_of(shared.shutdown_timeout).is_zero()
     }
 
-    /// Waits for the next thing to do, and takes what deliveries there is room
-    /// for.
-    fn wait(&mut self) -> Vec<Delivery> {
-        let mut batch = Vec::new();
-        let room = self.room();
-        let inbox = match room > 0 && !self.closed {
+    /// Waits for the next thing to do, which may be a delivery.
+    fn wait(&mut self) -> Option<Delivery> {
+        let inbox = match self.room() > 0 && !self.closed {
             true => self.worker.shared.inbox.clone(),
             false => never(),
         };
         let ending = self.is_ending();
         let wait = self.next_due();
         let stop = self.worker.shared.stop.clone();
-        let mut answer = None;
+        let (mut delivery, mut answer) = (None, None);
         match ending {
             true => select! {
-                recv(inbox) -> delivery => self.take(delivery.ok(), &mut batch),
+                recv(inbox) -> one => delivery = Some(one),
                 recv(self.crew.answers) -> one => answer = one.ok(),
                 default(wait) => {}
             },
             false => select! {
-                recv(inbox) -> delivery => self.take(delivery.ok(), &mut batch),
+                recv(inbox) -> one => delivery = Some(one),
                 recv(self.crew.answers) -> one => answer = one.ok(),
                 recv(stop.as_receiver()) -> _ => {}
                 default(wait) => {}
             },
         }
+        self.closed |= matches!(delivery, Some(Err(_)));
         if let Some(answer) = answer {
             self.hear(answer);
-            self.let_them_gather();
         }
-        self.fill(&mut batch, room);
-        if !batch.is_empty() {
-            self.worker.shared.signs.meter.took(batch.len());
-            failpoint::hit(Step::Received);
-        }
-        batch
-    }
-
-    fn take(&mut self, delivery: Option<Delivery>, batch: &mut Vec<Delivery>) {
-        match delivery {
-            Some(delivery) => batch.push(delivery),
-            None => self.closed = true,
-        }
+        self.let_them_gather();
+        delivery?.ok()
     }
 
     /// A transaction costs about as much for one message as for ten: while the
@@ -245,15 +232,24 @@ impl Foreman {
         }
     }
 
-    fn fill(&mut self, batch: &mut Vec<Delivery>, room: usize) {
+    /// As many deliveries as there is room for, now that it is known who of the
+    /// crew is free, and `first` in any case.
+    fn fill(&mut self, first: Option<Delivery>) -> Vec<Delivery> {
+        let room = self.room();
+        let mut batch: Vec<Delivery> = first.into_iter().collect();
         let mut bytes: usize = batch.iter().map(|d| d.message.body.len()).sum();
         while batch.len() < room && bytes < BATCH_BYTES_MAX {
             let Ok(delivery) = self.worker.shared.inbox.try_recv() else {
-                return;
+                break;
             };
             bytes += delivery.message.body.len();
             batch.push(delivery);
         }
+        if !batch.is_empty() {
+            self.worker.shared.signs.meter.took(batch.len());
+            failpoint::hit(Step::Received);
+        }
+        batch
     }
 
     /// How many messages may be begun.
