@@ -6,7 +6,7 @@ use std::error::Error;
 use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -18,6 +18,7 @@ use rustls::{
 };
 
 use crate::config::checked::{ClientCertificate, Tls};
+use crate::config::{Stamp, stamp};
 
 /// Whom to trust, or who we are, could not be loaded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -69,6 +70,54 @@ pub fn client(tls: &Tls) -> Result<ClientConfig, SetupError> {
         }
     })?;
     Ok(config)
+}
+
+/// TLS as files have it, for those who connect often: they are read when this
+/// is made, and again when one of them has changed.
+#[derive(Debug)]
+pub struct Renewed {
+    tls: Tls,
+    loaded: Mutex<(Stamp, Arc<ClientConfig>)>,
+}
+
+impl Renewed {
+    /// Reads the files of `tls`.
+    ///
+    /// # Errors
+    ///
+    /// [`SetupError`], as [`client`].
+    pub fn new(tls: &Tls) -> Result<Self, SetupError> {
+        // Looked at first: what changes while it is read is read once more.
+        let seen = stamp(paths(tls));
+        let config = Arc::new(client(tls)?);
+        Ok(Self {
+            tls: tls.clone(),
+            loaded: Mutex::new((seen, config)),
+        })
+    }
+
+    /// TLS as the files have it now. The system's authorities stay those that
+    /// were there when this was made.
+    ///
+    /// # Errors
+    ///
+    /// [`SetupError`], when they changed and are of no use: for as long as
+    /// they are not.
+    pub fn client(&self) -> Result<Arc<ClientConfig>, SetupError> {
+        let seen = stamp(paths(&self.tls));
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if loaded.0 != seen {
+            *loaded = (seen, Arc::new(client(&self.tls)?));
+        }
+        Ok(Arc::clone(&loaded.1))
+    }
+}
+
+/// The files that `tls` names.
+fn paths(tls: &Tls) -> impl Iterator<Item = &Path> {
+    let client = tls.client.iter();
+    let client = client.flat_map(|files| [files.cert_file.as_path(), files.key_file.as_path()]);
+    tls.ca_file.as_deref().into_iter().chain(client)
 }
 
 /// Whether the files that `tls` names, if any, are of use.

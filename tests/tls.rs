@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 mod common;
+#[path = "tls/renewal.rs"]
+mod renewal;
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Output;
@@ -66,6 +68,31 @@ impl Secured {
                 let postgres = PostgresServer::start_tls(leaf, clients);
                 let world = World::with_postgres(&in_plain_text(&postgres));
                 (Self::Postgres(postgres), world)
+            }
+        }
+    }
+
+    /// With other certificates at the same place from now on, and without the
+    /// connections that the daemon had.
+    fn renew(self, world: &World, leaf: &Leaf, clients: &Authority) -> Self {
+        match self {
+            Self::Broker(listener) => {
+                let listener = listener.reopen(leaf, Some(clients));
+                world.close_connection("orders consumer");
+                Self::Broker(listener)
+            }
+            Self::Redis(mut redis) => {
+                redis.kill();
+                redis.start_again_tls(leaf, Some(clients));
+                Self::Redis(redis)
+            }
+            Self::Postgres(postgres) => {
+                postgres.renew_tls(leaf, clients);
+                world.db.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity \
+                     where application_name like 'ackonce %'",
+                );
+                Self::Postgres(postgres)
             }
         }
     }

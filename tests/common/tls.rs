@@ -24,7 +24,18 @@ impl TlsListener {
     /// Opens one that shows `leaf`, and lets nobody in without a certificate of
     /// `clients`, if they are given.
     pub fn open(leaf: &Leaf, clients: Option<&Authority>) -> Self {
-        let port = free_port();
+        Self::open_on(free_port(), leaf, clients)
+    }
+
+    /// Closes it and opens it anew on the same port, as [`Self::open`] has it.
+    #[must_use]
+    pub fn reopen(self, leaf: &Leaf, clients: Option<&Authority>) -> Self {
+        let port = self.port;
+        drop(self);
+        Self::open_on(port, leaf, clients)
+    }
+
+    fn open_on(port: u16, leaf: &Leaf, clients: Option<&Authority>) -> Self {
         let key = PrivateKeyDer::from_pem_file(leaf.key()).expect("a key");
         let clients = clients.map_or_else(String::new, |authority| {
             format!(
