@@ -73,21 +73,29 @@ impl Secured {
     }
 
     /// With other certificates at the same place from now on, and without the
-    /// connections that the daemon had.
-    fn renew(self, world: &World, leaf: &Leaf, clients: &Authority) -> Self {
+    /// connections that the daemon had. `meanwhile` is done before it is back.
+    fn renew(
+        self,
+        world: &World,
+        (leaf, clients): (&Leaf, &Authority),
+        meanwhile: impl FnOnce(),
+    ) -> Self {
         match self {
             Self::Broker(listener) => {
+                meanwhile();
                 let listener = listener.reopen(leaf, Some(clients));
                 world.close_connection("orders consumer");
                 Self::Broker(listener)
             }
             Self::Redis(mut redis) => {
                 redis.kill();
+                meanwhile();
                 redis.start_again_tls(leaf, Some(clients));
                 Self::Redis(redis)
             }
             Self::Postgres(postgres) => {
                 postgres.renew_tls(leaf, clients);
+                meanwhile();
                 world.db.execute(
                     "select pg_terminate_backend(pid) from pg_stat_activity \
                      where application_name like 'ackonce %'",

@@ -34,8 +34,13 @@ fn comes_back_with_renewed_certificates(link: Link) {
     old.replace(&new);
     friend.replace(&new.issue_files("DNS:friend", 1));
     let leaf = new.issue_files(GOOD_NAMES, 1);
-    let secured = secured.renew(&world, &leaf, &new);
-    world.broker.send(ORDERS, numbered("meanwhile", 20));
+    let secured = secured.renew(&world, (&leaf, &new), || {
+        world.broker.send(ORDERS, numbered("meanwhile", 20));
+        if let Link::Redis = link {
+            // Found out before it is back: a restart at once would not show.
+            admin.wait_for(&[(&up, 0.0)]);
+        }
+    });
     let reconnects = format!("reconnects_total {}", server(link));
     eventually("the daemon is connected anew", || {
         daemon.assert_alive();
@@ -62,9 +67,9 @@ fn comes_back_with_renewed_certificates(link: Link) {
     assert_ne!(output.status.code(), Some(OK), "{}", said(&output));
     only_error(&output, link);
     daemon.stop();
-    drop(secured);
     let ids = ["before", "meanwhile", "after"].map(|name| numbered_ids(name, 20));
     world.assert_each_applied_once(&ids.concat());
+    drop(secured);
 }
 
 #[test]

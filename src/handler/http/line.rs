@@ -142,14 +142,16 @@ impl Dialler {
         let stream = match &self.tls {
             None => Stream::Plain(socket),
             Some((trust, name)) => {
-                let failed = |error: &io::Error| self.tls_failed(error);
                 let config = trust
                     .client()
                     .map_err(|error| NoLine::Tls(format!("{self}: {error}")))?;
                 let mut tls = ClientConnection::new(config, name.clone())
                     .map_err(|error| NoLine::Tls(format!("{self}: {error}")))?;
                 while tls.is_handshaking() {
-                    tls.complete_io(&mut socket).map_err(|e| failed(&e))?;
+                    if let Err(error) = tls.complete_io(&mut socket) {
+                        let said = has_hung_up(&error).then(|| last_word(&mut tls, &mut socket));
+                        return Err(self.tls_failed(&said.flatten().unwrap_or(error)));
+                    }
                 }
                 Stream::Tls(Box::new(StreamOwned::new(tls, socket)))
             }
@@ -329,6 +331,26 @@ pub(super) fn rustls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
 }
 
+/// Whether the other side takes no more.
+fn has_hung_up(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+    )
+}
+
+/// Why the other side hung up in the middle of the handshake, if it said so.
+fn last_word(tls: &mut ClientConnection, socket: &mut Patient) -> Option<io::Error> {
+    while tls.read_tls(socket).ok()? > 0 {
+        if let Err(error) = tls.process_new_packets() {
+            return Some(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+    }
+    None
+}
+
 /// A socket whose reads and writes wait until a deadline, or until they are
 /// cancelled.
 #[derive(Debug)]
@@ -435,14 +457,7 @@ impl Line {
             return Ok(());
         }
         match stream.send(bytes) {
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::BrokenPipe
-                        | io::ErrorKind::ConnectionReset
-                        | io::ErrorKind::ConnectionAborted
-                ) =>
-            {
+            Err(error) if has_hung_up(&error) => {
                 *deaf = Some(error);
                 Ok(())
             }
