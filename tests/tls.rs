@@ -73,7 +73,7 @@ impl Secured {
     }
 
     /// With other certificates at the same place from now on, and without the
-    /// connections that the daemon had. `meanwhile` is done before it is back.
+    /// connections that the daemon had. `meanwhile` is done when these are gone.
     fn renew(
         self,
         world: &World,
@@ -82,9 +82,9 @@ impl Secured {
     ) -> Self {
         match self {
             Self::Broker(listener) => {
-                meanwhile();
                 let listener = listener.reopen(leaf, Some(clients));
                 world.close_connection("orders consumer");
+                meanwhile();
                 Self::Broker(listener)
             }
             Self::Redis(mut redis) => {
@@ -95,11 +95,12 @@ impl Secured {
             }
             Self::Postgres(postgres) => {
                 postgres.renew_tls(leaf, clients);
-                meanwhile();
                 world.db.execute(
                     "select pg_terminate_backend(pid) from pg_stat_activity \
                      where application_name like 'ackonce %'",
                 );
+                // An idle session is missed when it is used.
+                meanwhile();
                 Self::Postgres(postgres)
             }
         }
