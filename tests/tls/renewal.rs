@@ -1,7 +1,7 @@
 //! Certificates that are renewed under a running daemon, on both sides: it
 //! comes back with the new ones, and nobody has to tell it.
 
-use crate::common::{Admin, Authority, ORDERS, eventually, numbered, numbered_ids};
+use crate::common::{Admin, Authority, Consumer, ORDERS, eventually, numbered, numbered_ids};
 use crate::{GOOD_NAMES, Link, OK, Secured, only_error, said, shows};
 
 /// What the metrics call its server.
@@ -20,8 +20,10 @@ fn comes_back_with_renewed_certificates(link: Link) {
     let former = old.issue_files("DNS:former", 1);
     let friend = old.issue_files("DNS:friend", 1);
     let ca_file = format!("{}.ca_file", link.section());
+    // One session, which is there before and must be another one afterwards.
     let config = world
-        .orders()
+        .config()
+        .consumer(Consumer::orders().set("workers", 1))
         .set(&format!("{}.url", link.section()), secured.url(&world))
         .set(&ca_file, old.file().to_str().unwrap());
     let daemon = world.run(&shows(config.clone(), link, &friend));
