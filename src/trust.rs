@@ -4,7 +4,7 @@
 
 use std::error::Error;
 use std::fmt::Write as _;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,8 +13,8 @@ use base64::prelude::BASE64_STANDARD;
 use rustls::pki_types::pem::{Error as PemError, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, InvalidMessage, PeerIncompatible,
-    RootCertStore,
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, InvalidMessage,
+    PeerIncompatible, RootCertStore,
 };
 
 use crate::config::checked::{ClientCertificate, Tls};
@@ -261,6 +261,29 @@ fn pem_text(error: &PemError) -> String {
     }
 }
 
+/// Whether `error` says that the other side takes no more.
+#[must_use]
+pub fn has_hung_up(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+    )
+}
+
+/// Why the other side of `socket` hung up in the middle of a handshake, if it
+/// said so before: what it said waits to be read.
+#[must_use]
+pub fn last_word(tls: &mut ClientConnection, socket: &mut impl Read) -> Option<rustls::Error> {
+    while tls.read_tls(socket).ok()? > 0 {
+        if let Err(error) = tls.process_new_packets() {
+            return Some(error);
+        }
+    }
+    None
+}
+
 /// What TLS said, if that is what `error` comes from.
 #[must_use]
 pub fn tls_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e rustls::Error> {
@@ -311,6 +334,9 @@ pub enum TlsProblem {
     NotTls,
     /// The peer wants a certificate of ours, or another one.
     ClientRefused,
+    /// The peer ends the handshake and does not say why. In TLS 1.2 that is how
+    /// most ask for a certificate that did not come.
+    Unwanted,
     /// Anything else; the detail says what.
     Other,
 }
@@ -352,6 +378,7 @@ impl TlsProblem {
                 | AlertDescription::UnknownCA
                 | AlertDescription::AccessDenied,
             ) => Self::ClientRefused,
+            rustls::Error::AlertReceived(AlertDescription::HandshakeFailure) => Self::Unwanted,
             _ => Self::Other,
         }
     }
@@ -380,6 +407,10 @@ impl TlsProblem {
             Self::ClientRefused => Some(
                 "the server wants a client certificate that it trusts; set client_cert_file and \
                  client_key_file, and see the server's log",
+            ),
+            Self::Unwanted => Some(
+                "the server ended the handshake: it wants a client certificate, for which set \
+                 client_cert_file and client_key_file, or knows no cipher of ours; see its log",
             ),
             Self::Other => None,
         }

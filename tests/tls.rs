@@ -275,6 +275,27 @@ fn a_broker_that_wants_a_client_certificate_gets_it() {
 }
 
 #[test]
+fn a_broker_of_tls_1_2_that_hangs_up_for_want_of_a_client_certificate_is_heard() {
+    let ours = Authority::new("ours");
+    let leaf = ours.issue_files(GOOD_NAMES, 1);
+    let listener = TlsListener::open_tls_1_2(&leaf, Some(&ours));
+    let world = World::new();
+    let config = world
+        .orders()
+        .set("broker.url", listener.url(world.amqp_url(), HOST))
+        .set("broker.ca_file", ours.file().to_str().unwrap());
+    // It may hang up before all is said to it, or after.
+    for _ in 0..8 {
+        let output = world.ackonce(&config, &["check"]);
+        assert_said(&output, UNAVAILABLE, &["set client_cert_file"]);
+        only_error(&output, Link::Broker);
+    }
+    let friend = ours.issue_files("DNS:friend", 1);
+    let output = world.ackonce(&shows(config, Link::Broker, &friend), &["check"]);
+    assert_said(&output, OK, &[]);
+}
+
+#[test]
 fn a_redis_that_wants_a_client_certificate_gets_it() {
     wants_a_client_certificate(Link::Redis, UNAVAILABLE, "client_cert_file");
 }

@@ -26,7 +26,7 @@ use ureq::unversioned::transport::{
 use url::Host;
 
 use crate::stop::Stop;
-use crate::trust::{self, Renewed};
+use crate::trust::{self, Renewed, has_hung_up};
 
 /// How soon a wait notices that it is cancelled or late.
 const TICK: Duration = Duration::from_millis(50);
@@ -148,10 +148,15 @@ impl Dialler {
                 let mut tls = ClientConnection::new(config, name.clone())
                     .map_err(|error| NoLine::Tls(format!("{self}: {error}")))?;
                 while tls.is_handshaking() {
-                    if let Err(error) = tls.complete_io(&mut socket) {
-                        let said = has_hung_up(&error).then(|| last_word(&mut tls, &mut socket));
-                        return Err(self.tls_failed(&said.flatten().unwrap_or(error)));
+                    let Err(error) = tls.complete_io(&mut socket) else {
+                        continue;
+                    };
+                    if has_hung_up(&error)
+                        && let Some(why) = trust::last_word(&mut tls, &mut socket)
+                    {
+                        return Err(self.tls_refused(&why));
                     }
+                    return Err(self.tls_failed(&error));
                 }
                 Stream::Tls(Box::new(StreamOwned::new(tls, socket)))
             }
@@ -196,10 +201,14 @@ impl Dialler {
         if error.kind() == io::ErrorKind::TimedOut {
             return NoLine::Tls(format!("{self}: timed out; does this port speak TLS?"));
         }
-        NoLine::Tls(match rustls_error(error) {
-            Some(error) => format!("{self}: {}", trust::explained(error)),
-            None => format!("{self}: {error}"),
-        })
+        match rustls_error(error) {
+            Some(error) => self.tls_refused(error),
+            None => NoLine::Tls(format!("{self}: {error}")),
+        }
+    }
+
+    fn tls_refused(&self, error: &rustls::Error) -> NoLine {
+        NoLine::Tls(format!("{self}: {}", trust::explained(error)))
     }
 
     /// libc's resolver knows no deadline, so it runs on a thread of its own.
@@ -329,26 +338,6 @@ pub(super) fn is_cancelled(error: &io::Error) -> bool {
 /// What TLS said, where it was TLS.
 pub(super) fn rustls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
-}
-
-/// Whether the other side takes no more.
-fn has_hung_up(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::BrokenPipe
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::ConnectionAborted
-    )
-}
-
-/// Why the other side hung up in the middle of the handshake, if it said so.
-fn last_word(tls: &mut ClientConnection, socket: &mut Patient) -> Option<io::Error> {
-    while tls.read_tls(socket).ok()? > 0 {
-        if let Err(error) = tls.process_new_packets() {
-            return Some(io::Error::new(io::ErrorKind::InvalidData, error));
-        }
-    }
-    None
 }
 
 /// A socket whose reads and writes wait until a deadline, or until they are
