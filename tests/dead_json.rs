@@ -10,7 +10,8 @@ use amiquip::{AmqpValue, FieldTable, QueueDeclareOptions};
 use serde_json::{Value, json};
 
 use common::{
-    Config, Consumer, Ended, Msg, ORDERS, ORDERS_DEAD, RECORD_AMOUNT, Tool, World, numbered,
+    Config, Consumer, Ended, Msg, ORDERS, ORDERS_DEAD, RECORD_AMOUNT, Tool, World, eventually,
+    numbered,
 };
 
 fn config(world: &World) -> Config {
@@ -199,4 +200,50 @@ fn an_import_into_a_full_queue_names_each_line_that_the_broker_refused() {
         assert!(why.contains("is the queue full?"), "{line}");
     }
     assert!(imported.iter().all(|line| line.get("why").is_none()));
+}
+
+#[test]
+fn one_that_ends_before_its_end_says_how_far_it_came() {
+    let world = World::new();
+    let config = config(&world);
+    world.prepare(&config);
+    send_letters(&world, 900);
+    let path = world.path("letters.ndjson");
+    let file = path.to_str().unwrap();
+    dead(&world, &config, &["export", "--output", file]).expect(0);
+    // Whoever has written 300 letters down can write no more.
+    world.db.execute(
+        "create function no_more() returns trigger language plpgsql as $$ begin \
+         if (select count(*) from ackonce.desk_letter) > 300 then raise 'no more'; end if; \
+         return null; end $$; \
+         create trigger no_more after insert on ackonce.desk_letter \
+         for each statement execute function no_more()",
+    );
+    let all = ["drop", "--all", "--no-export", "--because", "x", "--yes"];
+    let cut = dead(&world, &config, &[&all[..], &["--json"]].concat()).says(&["no more"]);
+    assert_ne!(cut.code, Some(0));
+    let (gone, summary) = lines(&cut);
+    assert!(!gone.is_empty() && gone.len() <= 300, "{summary}");
+    assert_eq!(summary["dropped"], gone.len());
+    let expected: Vec<Value> = (0..gone.len())
+        .map(|n| json!(format!("letter-{n}")))
+        .collect();
+    assert_eq!(column(&gone, "id"), expected);
+    eventually("the others are back", || {
+        world.broker.ready(ORDERS_DEAD) as usize == 900 - gone.len()
+    });
+
+    world.broker.take(ORDERS_DEAD);
+    world.db.execute("delete from ackonce.desk_letter");
+    let cut = dead(&world, &config, &["import", file, "--yes", "--json"]).says(&["no more"]);
+    assert_ne!(cut.code, Some(0));
+    let (fates, summary) = lines(&cut);
+    assert!(!fates.is_empty() && fates.len() <= 300, "{summary}");
+    assert!(fates.iter().all(|line| line["action"] == "imported"));
+    let counts = ["letters", "new", "imported", "failed"].map(|name| summary[name].clone());
+    assert_eq!(
+        counts,
+        [json!(900), json!(900), json!(fates.len()), json!(0)]
+    );
+    assert_eq!(world.broker.ready(ORDERS_DEAD) as usize, fates.len());
 }
