@@ -1,4 +1,5 @@
 //! Certificates made on the spot by the `openssl` program.
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
