@@ -4,20 +4,21 @@
 
 use std::error::Error;
 use std::fmt::Write as _;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use rustls::pki_types::pem::{Error as PemError, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, InvalidMessage, PeerIncompatible,
-    RootCertStore,
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, InvalidMessage,
+    PeerIncompatible, RootCertStore,
 };
 
 use crate::config::checked::{ClientCertificate, Tls};
+use crate::config::{Stamp, stamp};
 
 /// Whom to trust, or who we are, could not be loaded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -69,6 +70,54 @@ pub fn client(tls: &Tls) -> Result<ClientConfig, SetupError> {
         }
     })?;
     Ok(config)
+}
+
+/// TLS as files have it, for those who connect often: they are read when this
+/// is made, and again when one of them has changed.
+#[derive(Debug)]
+pub struct Renewed {
+    tls: Tls,
+    loaded: Mutex<(Stamp, Arc<ClientConfig>)>,
+}
+
+impl Renewed {
+    /// Reads the files of `tls`.
+    ///
+    /// # Errors
+    ///
+    /// [`SetupError`], as [`client`].
+    pub fn new(tls: &Tls) -> Result<Self, SetupError> {
+        // Looked at first: what changes while it is read is read once more.
+        let seen = stamp(paths(tls));
+        let config = Arc::new(client(tls)?);
+        Ok(Self {
+            tls: tls.clone(),
+            loaded: Mutex::new((seen, config)),
+        })
+    }
+
+    /// TLS as the files have it now. The system's authorities stay those that
+    /// were there when this was made.
+    ///
+    /// # Errors
+    ///
+    /// [`SetupError`], when they changed and are of no use: for as long as
+    /// they are not.
+    pub fn client(&self) -> Result<Arc<ClientConfig>, SetupError> {
+        let seen = stamp(paths(&self.tls));
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if loaded.0 != seen {
+            *loaded = (seen, Arc::new(client(&self.tls)?));
+        }
+        Ok(Arc::clone(&loaded.1))
+    }
+}
+
+/// The files that `tls` names.
+fn paths(tls: &Tls) -> impl Iterator<Item = &Path> {
+    let client = tls.client.iter();
+    let client = client.flat_map(|files| [files.cert_file.as_path(), files.key_file.as_path()]);
+    tls.ca_file.as_deref().into_iter().chain(client)
 }
 
 /// Whether the files that `tls` names, if any, are of use.
@@ -212,6 +261,29 @@ fn pem_text(error: &PemError) -> String {
     }
 }
 
+/// Whether `error` says that the other side takes no more.
+#[must_use]
+pub fn has_hung_up(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+    )
+}
+
+/// Why the other side of `socket` hung up in the middle of a handshake, if it
+/// said so before: what it said waits to be read.
+#[must_use]
+pub fn last_word(tls: &mut ClientConnection, socket: &mut impl Read) -> Option<rustls::Error> {
+    while tls.read_tls(socket).ok()? > 0 {
+        if let Err(error) = tls.process_new_packets() {
+            return Some(error);
+        }
+    }
+    None
+}
+
 /// What TLS said, if that is what `error` comes from.
 #[must_use]
 pub fn tls_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e rustls::Error> {
@@ -262,6 +334,9 @@ pub enum TlsProblem {
     NotTls,
     /// The peer wants a certificate of ours, or another one.
     ClientRefused,
+    /// The peer ends the handshake and does not say why. In TLS 1.2 that is how
+    /// most ask for a certificate that did not come.
+    Unwanted,
     /// Anything else; the detail says what.
     Other,
 }
@@ -303,6 +378,7 @@ impl TlsProblem {
                 | AlertDescription::UnknownCA
                 | AlertDescription::AccessDenied,
             ) => Self::ClientRefused,
+            rustls::Error::AlertReceived(AlertDescription::HandshakeFailure) => Self::Unwanted,
             _ => Self::Other,
         }
     }
@@ -331,6 +407,10 @@ impl TlsProblem {
             Self::ClientRefused => Some(
                 "the server wants a client certificate that it trusts; set client_cert_file and \
                  client_key_file, and see the server's log",
+            ),
+            Self::Unwanted => Some(
+                "the server ended the handshake: it wants a client certificate, for which set \
+                 client_cert_file and client_key_file, or knows no cipher of ours; see its log",
             ),
             Self::Other => None,
         }

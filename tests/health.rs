@@ -86,8 +86,7 @@ fn one_consumer_that_is_not_ready_makes_the_daemon_unready_and_is_named() {
         .orders()
         .consumer(Consumer::new("bills").sql("insert into bill select message_id from message"));
     world.db.execute("create table bill (id text)");
-    let daemon = world.run(&config);
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&config);
     wait_until_ready_says(
         &admin,
         200,
@@ -111,8 +110,7 @@ fn a_broker_that_freezes_makes_it_unready_not_dead() {
     let broker = PrivateBroker::start(1);
     let world = World::on(&broker);
     let config = world.orders().set("broker.heartbeat", "5s");
-    let daemon = world.run(&config);
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&config);
     wait_until_ready_says(&admin, 200, &["ok orders: consuming"]);
     broker.freeze(0);
     wait_until_ready_says(&admin, 503, &["failed orders: connecting: "]);
@@ -131,13 +129,7 @@ fn impatient(world: &World) -> Config {
 fn a_worker_that_is_stuck_makes_it_dead_until_it_goes_on() {
     let world = World::new();
     let config = impatient(&world);
-    world.prepare(&config);
-    let gate = world.gate();
-    let daemon = world
-        .daemon(&config)
-        .pauses_at("recorded", 1, &gate)
-        .start();
-    let admin = Admin::of(&daemon);
+    let (daemon, admin, gate) = world.watch_paused_at(&config, "recorded");
     wait_until_ready_says(&admin, 200, &["ok orders: consuming"]);
     world.broker.send(ORDERS, [Msg::new("stuck")]);
     gate.wait_until_hit();
@@ -153,8 +145,7 @@ fn a_worker_that_is_stuck_makes_it_dead_until_it_goes_on() {
 #[test]
 fn a_client_that_asks_for_something_else_is_told_what_there_is() {
     let world = World::new();
-    let daemon = world.run(&world.orders());
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&world.orders());
     assert!(admin.address().ip().is_loopback());
     let missing = admin.get("/");
     assert_eq!(missing.status, 404);
@@ -193,8 +184,7 @@ fn a_client_that_asks_for_something_else_is_told_what_there_is() {
 #[test]
 fn clients_that_misbehave_are_dropped_and_disturb_nobody() {
     let world = World::new();
-    let daemon = world.run(&world.orders());
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&world.orders());
     let huge = [
         b"GET /livez HTTP/1.1\r\nX: ".to_vec(),
         vec![b'a'; 200 << 10],
@@ -232,8 +222,7 @@ fn clients_that_misbehave_are_dropped_and_disturb_nobody() {
 #[test]
 fn a_hundred_connections_at_a_time_are_all_answered() {
     let world = World::new();
-    let daemon = world.run(&world.orders());
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&world.orders());
     let mut streams: Vec<_> = (0..100).map(|_| admin.connect()).collect();
     for stream in &mut streams {
         stream.write_all(&request("GET", "/metrics")).unwrap();

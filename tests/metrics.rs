@@ -4,16 +4,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 mod common;
+#[path = "metrics/page.rs"]
+mod page;
+#[path = "metrics/reload.rs"]
+mod reload;
+#[path = "keyed/stage.rs"]
+#[allow(dead_code, reason = "these tests use a part of it")]
+mod stage;
+#[path = "metrics/workers.rs"]
+mod workers;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-
-use common::admin::read_reply;
 use common::raw::{Properties, RawClient};
 use common::{
     Admin, Answer, Consumer, Cut, Msg, ORDERS, ORDERS_DEAD, Proxy, RECORD_AMOUNT, Receiver,
@@ -56,9 +56,8 @@ fn a_transactional_history_is_counted_to_the_message() {
         .sql(RECORD_AMOUNT)
         .max_attempts(2)
         .set("max_body", "1KiB");
-    let daemon = world.run(&world.config().consumer(consumer));
+    let (daemon, admin) = world.watch(&world.config().consumer(consumer));
     world.db.execute(NO_13);
-    let admin = Admin::of(&daemon);
     let fresh = || (0..10).map(|number| amount(&format!("m-{number}"), number));
     world.broker.send(ORDERS, fresh());
     admin.wait_for(&[("messages_total applied", 10.0)]);
@@ -136,8 +135,7 @@ fn a_keyed_history_is_counted_to_the_message() {
         .handler("http")
         .set("handler.url", receiver.url())
         .max_attempts(2);
-    let daemon = world.run(&world.config().consumer(consumer));
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&world.config().consumer(consumer));
     world.broker.send(ORDERS, numbered("m", 10));
     admin.wait_for(&[("messages_total applied", 10.0)]);
     world.broker.send(ORDERS, numbered("m", 3));
@@ -185,15 +183,9 @@ fn a_duplicate_of_what_is_in_work_is_found_in_flight() {
     let config = world
         .config()
         .consumer(Consumer::orders().set("workers", 1));
-    world.prepare(&config);
-    let gate = world.gate();
-    let daemon = world
-        .daemon(&config)
-        .pauses_at("recorded", 1, &gate)
-        .start();
+    let (daemon, admin, gate) = world.watch_paused_at(&config, "recorded");
     world.broker.send(ORDERS, [Msg::new("first")]);
     gate.wait_until_hit();
-    let admin = Admin::of(&daemon);
     world
         .broker
         .send(ORDERS, [Msg::new("twin"), Msg::new("twin")]);
@@ -212,8 +204,7 @@ fn a_duplicate_of_what_is_in_work_is_found_in_flight() {
 #[test]
 fn a_delivery_that_waits_for_a_claim_is_parked_and_counted_once() {
     let world = World::new();
-    let daemon = world.run(&world.orders());
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&world.orders());
     let key = world.claim_key(ORDERS, "held");
     world.redis.set(&key, "c:somebody", 60_000);
     world.broker.send(ORDERS, [Msg::new("held")]);
@@ -234,8 +225,7 @@ fn a_delivery_that_waits_for_a_claim_is_parked_and_counted_once() {
 #[test]
 fn a_pause_shows_its_cause_and_ends_with_it() {
     let world = World::new();
-    let daemon = world.run(&world.orders());
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&world.orders());
     world.db.execute("alter table effect rename to gone");
     world.broker.send(ORDERS, numbered("m", 50));
     admin.wait_for(&[("paused systemic", 1.0), ("paused breaker", 0.0)]);
@@ -265,8 +255,7 @@ fn the_breaker_is_a_cause_of_its_own() {
     let consumer = Consumer::orders()
         .sql(RECORD_AMOUNT)
         .set("retry.breaker", 3);
-    let daemon = world.run(&world.config().consumer(consumer));
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&world.config().consumer(consumer));
     world.db.execute(NO_13);
     let failing = (0..9).map(|number| amount(&format!("m-{number}"), 13));
     world.broker.send(ORDERS, failing);
@@ -282,28 +271,14 @@ fn the_breaker_is_a_cause_of_its_own() {
     daemon.stop();
 }
 
-/// Closes the connection of a purpose, once the broker's API knows of it.
-fn close(world: &World, purpose: &str) {
-    eventually("the broker closes the connection", || {
-        let name = world.management.connection_of(world.name(), purpose);
-        name.is_some_and(|name| world.management.close_connection(&name))
-    });
-}
-
 #[test]
 fn what_was_applied_before_its_connection_was_lost_is_applied_once_and_then_a_duplicate() {
     let world = World::new();
     let config = world.orders();
-    world.prepare(&config);
-    let gate = world.gate();
-    let daemon = world
-        .daemon(&config)
-        .pauses_at("committed", 1, &gate)
-        .start();
+    let (daemon, admin, gate) = world.watch_paused_at(&config, "committed");
     world.broker.send(ORDERS, [Msg::new("one")]);
     gate.wait_until_hit();
-    let admin = Admin::of(&daemon);
-    close(&world, "orders consumer");
+    world.close_connection("orders consumer");
     admin.wait_for(&[
         ("reconnects_total rabbitmq", 1.0),
         ("server_up rabbitmq", 1.0),
@@ -330,16 +305,10 @@ fn a_dead_letter_that_the_broker_was_not_told_of_is_lost_and_counted_when_it_is(
     let config = world
         .config()
         .consumer(Consumer::orders().sql(RECORD_AMOUNT));
-    world.prepare(&config);
-    let gate = world.gate();
-    let daemon = world
-        .daemon(&config)
-        .pauses_at("journaled", 1, &gate)
-        .start();
+    let (daemon, admin, gate) = world.watch_paused_at(&config, "journaled");
     world.broker.send(ORDERS, [amount("bad", "no number")]);
     gate.wait_until_hit();
-    let admin = Admin::of(&daemon);
-    close(&world, "orders consumer");
+    world.close_connection("orders consumer");
     admin.wait_for(&[("deliveries_total", 2.0)]);
     gate.open();
     world.broker.wait_for_dead(ORDERS_DEAD, 1);
@@ -361,9 +330,8 @@ fn a_dead_letter_that_the_daemon_publishes_counts_when_the_broker_has_it() {
         .sql(RECORD_AMOUNT)
         .max_attempts(2)
         .set("topology.dead_letters", "publish");
-    let daemon = world.run(&world.config().consumer(consumer));
+    let (daemon, admin) = world.watch(&world.config().consumer(consumer));
     world.db.execute(NO_13);
-    let admin = Admin::of(&daemon);
     world
         .broker
         .send(ORDERS, [amount("bad", "no number"), amount("slow", 13)]);
@@ -386,8 +354,7 @@ fn a_commit_that_went_unanswered_is_applied_and_no_duplicate() {
     let world = World::new();
     let proxy = Proxy::before(world.postgres_url(), 5432);
     let config = world.orders().set("postgres.url", proxy.url());
-    let daemon = world.run(&config);
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&config);
     world.broker.send(ORDERS, [Msg::new("before")]);
     admin.wait_for(&[("messages_total applied", 1.0)]);
     proxy.cut_commits(Cut::BeforeReply, 1, 0);
@@ -419,8 +386,7 @@ fn postgresql_that_goes_away_and_comes_back_is_shown() {
             false => Consumer::orders(),
         };
         let config = world.config().consumer(consumer);
-        let daemon = world.run(&config.set("postgres.url", proxy.url()));
-        let admin = Admin::of(&daemon);
+        let (daemon, admin) = world.watch(&config.set("postgres.url", proxy.url()));
         world.broker.send(ORDERS, [Msg::new("before")]);
         admin.wait_for(&[("messages_total applied", 1.0)]);
         proxy.go_down();
@@ -446,8 +412,7 @@ fn postgresql_that_goes_away_and_comes_back_is_shown() {
 fn redis_that_goes_away_and_comes_back_is_shown() {
     let world = World::new();
     let mut redis = RedisServer::start();
-    let daemon = world.run(&world.orders().set("redis.url", redis.url()));
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&world.orders().set("redis.url", redis.url()));
     admin.wait_for(&[("server_up redis", 1.0)]);
     redis.kill();
     world.broker.send(ORDERS, [Msg::new("without")]);
@@ -467,15 +432,9 @@ fn what_a_stop_gives_back_is_counted_as_returned() {
             .set("prefetch", 20),
     );
     let config = config.set("daemon.shutdown_timeout", "60s");
-    world.prepare(&config);
-    let gate = world.gate();
-    let daemon = world
-        .daemon(&config)
-        .pauses_at("recorded", 1, &gate)
-        .start();
+    let (daemon, admin, gate) = world.watch_paused_at(&config, "recorded");
     world.broker.send(ORDERS, numbered("m", 10));
     gate.wait_until_hit();
-    let admin = Admin::of(&daemon);
     admin.wait_for(&[("in_flight", 10.0)]);
     daemon.signal(nix::sys::signal::Signal::SIGTERM);
     admin.wait_for(&[
@@ -495,237 +454,43 @@ fn rows_that_are_pruned_are_counted() {
         .orders()
         .set("ledger.retention", "1h")
         .set("ledger.prune_every", "1s");
-    let daemon = world.run(&config);
-    let admin = Admin::of(&daemon);
+    let (daemon, admin) = world.watch(&config);
     world.broker.send(ORDERS, [Msg::new("new")]);
     admin.wait_for(&[("messages_total applied", 1.0)]);
-    world.db.execute(
-        "insert into ackonce.ledger (consumer_id, message_id, fingerprint, applied_at) \
-         select id, 'old-' || n, sha256('x'::bytea), now() - interval '1 day' \
-         from ackonce.consumer, generate_series(1, 7) n where name = 'orders'",
-    );
-    admin.wait_for(&[("rows_pruned_total ledger", 7.0)]);
-    daemon.stop();
-}
-
-/// What docs/metrics.md says: type and labels of each metric.
-fn documented() -> BTreeMap<String, (String, BTreeSet<String>)> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/metrics.md");
-    let text = std::fs::read_to_string(path).unwrap();
-    let ticked = |cell: &str| -> BTreeSet<String> {
-        let parts = cell.split('`').enumerate();
-        let ticked = parts.filter(|(number, _)| number % 2 == 1);
-        ticked.map(|(_, name)| name.to_owned()).collect()
+    let rows = |count: u32, into: &str, values: &str| {
+        world.db.execute(&format!(
+            "insert into ackonce.{into} select {values} \
+             from ackonce.consumer c, generate_series(1, {count}) n, \
+             lateral (select now() - interval '1 day' as at, 'old-' || n as id, \
+             sha256('x'::bytea) as print) old where c.name = 'orders'"
+        ));
     };
-    let rows = text.lines().filter(|line| line.starts_with("| `"));
-    let described = rows.filter_map(|row| {
-        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
-        let kind = cells[2];
-        let known = ["counter", "gauge", "histogram"].contains(&kind);
-        let name = cells[1].trim_matches('`').to_owned();
-        known.then(|| (name, (kind.to_owned(), ticked(cells[3]))))
-    });
-    described.collect()
-}
-
-/// What `/metrics` has: type and labels of each metric.
-fn shown(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
-    let mut found = BTreeMap::new();
-    for line in text.lines() {
-        if let Some(rest) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = rest.split_once(' ').unwrap();
-            found.insert(name.to_owned(), (kind.to_owned(), BTreeSet::new()));
-        } else if !line.starts_with('#') {
-            let (name, labels) = line.split_once('{').unwrap_or((line, ""));
-            let family = |name: &str| -> String {
-                let suffixes = ["_bucket", "_sum", "_count"];
-                let stem = suffixes.iter().find_map(|end| name.strip_suffix(end));
-                stem.unwrap_or(name).to_owned()
-            };
-            let name = name.split(' ').next().unwrap();
-            let entry = match found.contains_key(name) {
-                true => found.get_mut(name),
-                false => found.get_mut(&family(name)),
-            };
-            let (_, names) = entry.unwrap_or_else(|| panic!("no type: {line}"));
-            let labels = labels
-                .split(&['{', ','][..])
-                .filter_map(|l| l.split_once('='));
-            let labels = labels.map(|(label, _)| label.to_owned());
-            names.extend(labels.filter(|label| label != "le"));
-        }
-    }
-    found
-}
-
-#[test]
-fn the_page_and_the_daemon_have_the_same_metrics_before_the_first_message() {
-    let world = World::new();
-    let daemon = world.run(&world.orders());
-    let admin = Admin::of(&daemon);
-    let text = admin.text();
-    assert_eq!(documented(), shown(&text));
-    // Every value of a label is explained.
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/metrics.md");
-    let page = std::fs::read_to_string(path).unwrap();
-    for series in admin.metrics().names() {
-        let labels = series.split_once('{').map_or("", |(_, labels)| labels);
-        for (name, value) in labels.split(',').filter_map(|label| label.split_once('=')) {
-            let value = value.trim_end_matches('}').trim_matches('"');
-            let free = ["consumer", "queue", "le", "version", "handler"].contains(&name);
-            let explained = free || page.contains(&format!("`{value}`"));
-            assert!(
-                explained,
-                "{series}: {value} does not stand in docs/metrics.md"
-            );
-        }
-    }
-    daemon.stop();
-    // One that goes without Redis says nothing of it.
-    let daemon = world.run(&world.orders().set("redis.enabled", false));
-    let text = Admin::of(&daemon).text();
-    assert!(
-        !text.contains(r#"server_up{consumer="orders",server="redis"}"#),
-        "{text}"
+    rows(
+        7,
+        "ledger (consumer_id, message_id, fingerprint, applied_at)",
+        "c.id, old.id, print, at",
     );
-    daemon.stop();
-}
-
-#[test]
-fn nothing_that_a_message_carries_makes_a_series() {
-    let world = World::new();
-    let consumer = Consumer::orders().bind("events", "topic", "#");
-    let daemon = world.run(&world.config().consumer(consumer));
-    let admin = Admin::of(&daemon);
-    let names = |admin: &Admin| -> Vec<String> {
-        let series = admin.metrics();
-        series.names().into_iter().map(str::to_owned).collect()
-    };
-    let before = names(&admin);
-    for number in 0..30 {
-        let hostile = format!("a\"}} {number}\\\n# TYPE x counter");
-        let message = Msg::new(&hostile).properties(|p| {
-            p.with_app_id("évil".to_owned())
-                .with_type_(format!("t{number}"))
-        });
-        world
-            .broker
-            .publish("events", &format!("key.\"{{{number}}}\""), [message]);
-    }
-    world.broker.send(ORDERS, [Msg::anonymous()]);
+    rows(
+        5,
+        "failure (failed_at, consumer_id, attempt, message_id, fingerprint, class, error, \
+         handler, host, exchange, routing_key)",
+        "at, c.id, 1, old.id, print, 'transient', 'no', 'sql', 'h/1', '', 'orders'",
+    );
+    rows(
+        3,
+        "suspect (marked_at, consumer_id, message_id, owner, deaths)",
+        "at, c.id, old.id, 1, 0",
+    );
+    rows(
+        2,
+        "claim (lease_until, claimed_at, owner, consumer_id, message_id, fingerprint, holder)",
+        "at, at, 1, c.id, 'claimed-' || n, print, 'h/1'",
+    );
     admin.wait_for(&[
-        ("messages_total applied", 30.0),
-        ("messages_total dead-lettered", 1.0),
+        ("rows_pruned_total ledger", 7.0),
+        ("rows_pruned_total failure", 5.0),
+        ("rows_pruned_total suspect", 3.0),
+        ("rows_pruned_total claim", 2.0),
     ]);
-    assert_eq!(names(&admin), before);
-    promtool_check(&admin.text());
-    daemon.stop();
-}
-
-/// Has Prometheus's own tool read `text`, and complain about names and types.
-fn promtool_check(text: &str) {
-    let mut child = Command::new("promtool")
-        .args(["check", "metrics"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("promtool is installed: run script/services install --for-tests");
-    let mut input = child.stdin.take().unwrap();
-    input.write_all(text.as_bytes()).unwrap();
-    drop(input);
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    assert!(
-        output.stdout.is_empty() && output.stderr.is_empty(),
-        "{output:?}"
-    );
-}
-
-/// A Prometheus of its own, which scrapes one daemon every second and evaluates
-/// the project's rules. Dropping it ends it.
-struct Prometheus {
-    process: Child,
-    address: SocketAddr,
-}
-
-impl Prometheus {
-    fn start(world: &World, admin: &Admin) -> Self {
-        let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("ops/alerts.yml");
-        let config = serde_json::json!({
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [rules],
-            "scrape_configs": [{
-                "job_name": "ackonce",
-                "static_configs": [{"targets": [admin.address().to_string()]}],
-            }],
-        });
-        // YAML is a superset of JSON.
-        let file = world.write("prometheus.yml", &config.to_string());
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        drop(listener);
-        let process = Command::new("prometheus")
-            .arg(format!("--config.file={}", file.display()))
-            .arg(format!(
-                "--storage.tsdb.path={}",
-                world.path("tsdb").display()
-            ))
-            .arg(format!("--web.listen-address={address}"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(std::fs::File::create(world.path("prometheus.log")).unwrap())
-            .spawn()
-            .expect("Prometheus is installed: run script/services install --for-tests");
-        Self { process, address }
-    }
-
-    /// An answer of its API, once it gives any.
-    fn get(&self, path: &str) -> Option<serde_json::Value> {
-        let mut stream = TcpStream::connect(self.address).ok()?;
-        let request = format!("GET {path} HTTP/1.0\r\nHost: prometheus\r\n\r\n");
-        stream.write_all(request.as_bytes()).ok()?;
-        serde_json::from_str(&read_reply(&mut stream).body).ok()
-    }
-}
-
-impl Drop for Prometheus {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
-    }
-}
-
-#[test]
-fn a_real_prometheus_reads_them_and_has_the_rules() {
-    let world = World::new();
-    let daemon = world.run(&world.orders());
-    let admin = Admin::of(&daemon);
-    promtool_check(&admin.text());
-    world.broker.send(ORDERS, numbered("m", 7));
-    admin.wait_for(&[("messages_total applied", 7.0)]);
-    let prometheus = Prometheus::start(&world, &admin);
-    let value = || {
-        let query = "sum by (job) (ackonce_messages_total{outcome=\"applied\"})";
-        let query = utf8_percent_encode(query, NON_ALPHANUMERIC);
-        let reply = prometheus.get(&format!("/api/v1/query?query={query}"))?;
-        let value = reply["data"]["result"][0]["value"][1].as_str()?;
-        value.parse::<f64>().ok()
-    };
-    eventually("Prometheus has the value", || value() == Some(7.0));
-    // What it does not understand of the rules, it says here.
-    eventually("every rule was evaluated", || {
-        let Some(reply) = prometheus.get("/api/v1/rules") else {
-            return false;
-        };
-        let groups = reply["data"]["groups"].as_array().cloned();
-        let rules: Vec<_> = groups
-            .into_iter()
-            .flatten()
-            .flat_map(|group| group["rules"].as_array().cloned().unwrap_or_default())
-            .collect();
-        !rules.is_empty() && rules.iter().all(|rule| rule["health"] == "ok")
-    });
-    drop(prometheus);
     daemon.stop();
 }

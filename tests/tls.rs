@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 mod common;
+#[path = "tls/renewal.rs"]
+mod renewal;
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Output;
@@ -66,6 +68,40 @@ impl Secured {
                 let postgres = PostgresServer::start_tls(leaf, clients);
                 let world = World::with_postgres(&in_plain_text(&postgres));
                 (Self::Postgres(postgres), world)
+            }
+        }
+    }
+
+    /// With other certificates at the same place from now on, and without the
+    /// connections that the daemon had. `meanwhile` is done when these are gone.
+    fn renew(
+        self,
+        world: &World,
+        (leaf, clients): (&Leaf, &Authority),
+        meanwhile: impl FnOnce(),
+    ) -> Self {
+        match self {
+            Self::Broker(listener) => {
+                let listener = listener.reopen(leaf, Some(clients));
+                world.close_connection("orders consumer");
+                meanwhile();
+                Self::Broker(listener)
+            }
+            Self::Redis(mut redis) => {
+                redis.kill();
+                meanwhile();
+                redis.start_again_tls(leaf, Some(clients));
+                Self::Redis(redis)
+            }
+            Self::Postgres(postgres) => {
+                postgres.renew_tls(leaf, clients);
+                world.db.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity \
+                     where application_name like 'ackonce %'",
+                );
+                // An idle session is missed when it is used.
+                meanwhile();
+                Self::Postgres(postgres)
             }
         }
     }
@@ -236,6 +272,27 @@ fn wants_a_client_certificate(link: Link, status: i32, says: &str) {
 #[test]
 fn a_broker_that_wants_a_client_certificate_gets_it() {
     wants_a_client_certificate(Link::Broker, UNAVAILABLE, "client_cert_file");
+}
+
+#[test]
+fn a_broker_of_tls_1_2_that_hangs_up_for_want_of_a_client_certificate_is_heard() {
+    let ours = Authority::new("ours");
+    let leaf = ours.issue_files(GOOD_NAMES, 1);
+    let listener = TlsListener::open_tls_1_2(&leaf, Some(&ours));
+    let world = World::new();
+    let config = world
+        .orders()
+        .set("broker.url", listener.url(world.amqp_url(), HOST))
+        .set("broker.ca_file", ours.file().to_str().unwrap());
+    // It may hang up before all is said to it, or after.
+    for _ in 0..8 {
+        let output = world.ackonce(&config, &["check"]);
+        assert_said(&output, UNAVAILABLE, &["set client_cert_file"]);
+        only_error(&output, Link::Broker);
+    }
+    let friend = ours.issue_files("DNS:friend", 1);
+    let output = world.ackonce(&shows(config, Link::Broker, &friend), &["check"]);
+    assert_said(&output, OK, &[]);
 }
 
 #[test]

@@ -65,7 +65,10 @@ impl From<io::Error> for Failure {
 
 fn shake_hands(tls: &mut ClientConnection, stream: &mut DeadlineStream<'_>) -> Result<(), Failure> {
     while tls.is_handshaking() {
-        flush(tls, stream)?;
+        if let Err(error) = flush(tls, stream) {
+            let said = trust::has_hung_up(&error).then(|| trust::last_word(tls, stream));
+            return Err(said.flatten().map_or(Failure::Io(error), Failure::Tls));
+        }
         // A peer that said goodbye leaves nothing to read.
         if !tls.wants_read() || tls.read_tls(stream)? == 0 {
             return Err(Failure::Io(io::Error::new(

@@ -1,6 +1,7 @@
 //! Reading the few files that a configuration consists of, each with a bound.
 
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::error::Complaint;
@@ -64,6 +65,24 @@ pub(super) fn is_open_to_others(path: &Path) -> bool {
     metadata.is_ok_and(|file| file.permissions().mode() & 0o006 != 0)
 }
 
+/// Which files some paths lead to, and in which state: another one when a file
+/// was written to, replaced, or cannot be looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stamp(Vec<Option<[i64; 4]>>);
+
+/// The stamp of `paths` as they are now. Reads no file.
+#[must_use]
+pub fn stamp<'p>(paths: impl IntoIterator<Item = &'p Path>) -> Stamp {
+    let state = |path: &Path| {
+        let file = std::fs::metadata(path).ok()?;
+        // The inode tells one that was moved into place from the one before.
+        let inode = file.ino().cast_signed();
+        let size = file.size().cast_signed();
+        Some([inode, size, file.mtime(), file.mtime_nsec()])
+    };
+    Stamp(paths.into_iter().map(state).collect())
+}
+
 /// `path` as seen from `folder`, made absolute so that it names the same file
 /// wherever the configuration is printed to.
 pub(super) fn resolve(folder: &Path, path: &str) -> PathBuf {
@@ -74,8 +93,6 @@ pub(super) fn resolve(folder: &Path, path: &str) -> PathBuf {
 /// Whether standard error is the journal's own socket, by what systemd says of
 /// it in `$JOURNAL_STREAM`: its device and inode.
 pub(super) fn stderr_is(journal_stream: &str) -> bool {
-    use std::os::unix::fs::MetadataExt;
-
     let own = std::fs::metadata("/proc/self/fd/2");
     own.is_ok_and(|own| journal_stream == format!("{}:{}", own.dev(), own.ino()))
 }

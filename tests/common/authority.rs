@@ -1,12 +1,14 @@
 //! Certificates made on the spot by the `openssl` program.
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion};
 use tempfile::TempDir;
 
 /// A certificate authority of one test.
@@ -45,18 +47,51 @@ impl Authority {
         self.folder.path().join("ca.pem")
     }
 
+    /// From now on [`Self::file`] is that of `other`, at the same place.
+    pub fn replace(&self, other: &Self) {
+        std::fs::copy(other.file(), self.file()).unwrap();
+    }
+
     /// A server configuration for `names`, valid for `days` from now; negative
     /// days have passed.
     pub fn issue(&self, names: &str, days: i32) -> ServerConfig {
-        let leaf = self.issue_files(names, days);
+        self.configure(&self.issue_files(names, days), rustls::ALL_VERSIONS, None)
+    }
+
+    /// As [`Self::issue`], for a server of this `version` of TLS that lets
+    /// nobody in without a certificate of `clients`.
+    pub fn issue_asking(
+        &self,
+        names: &str,
+        clients: &Self,
+        version: &'static SupportedProtocolVersion,
+    ) -> ServerConfig {
+        self.configure(&self.issue_files(names, 1), &[version], Some(clients))
+    }
+
+    fn configure(
+        &self,
+        leaf: &Leaf,
+        versions: &[&'static SupportedProtocolVersion],
+        clients: Option<&Self>,
+    ) -> ServerConfig {
         let certificate = CertificateDer::from_pem_file(leaf.cert()).unwrap();
         let key = PrivateKeyDer::from_pem_file(leaf.key()).unwrap();
-        ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate], key)
-            .unwrap()
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(versions)
+            .unwrap();
+        let builder = match clients {
+            None => builder.with_no_client_auth(),
+            Some(clients) => {
+                let mut roots = RootCertStore::empty();
+                let root = CertificateDer::from_pem_file(clients.file()).unwrap();
+                roots.add(root).unwrap();
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
+                builder.with_client_cert_verifier(verifier.build().unwrap())
+            }
+        };
+        builder.with_single_cert(vec![certificate], key).unwrap()
     }
 
     /// A certificate for `names` and its key, valid as with [`Self::issue`].
@@ -125,6 +160,13 @@ impl Leaf {
     /// Its key, in PEM.
     pub fn key(&self) -> PathBuf {
         self.folder.path().join("key.pem")
+    }
+
+    /// From now on they are those of `other`, at the same place: the
+    /// certificate first, as most tools write them.
+    pub fn replace(&self, other: &Self) {
+        std::fs::copy(other.cert(), self.cert()).unwrap();
+        std::fs::copy(other.key(), self.key()).unwrap();
     }
 }
 

@@ -96,7 +96,9 @@ impl Receiver {
         Self::start(None, Box::new(script))
     }
 
-    /// As [`Self::new`], over TLS.
+    /// As [`Self::new`], over TLS; with a configuration of
+    /// [`Authority::issue_asking`](super::Authority::issue_asking), for those
+    /// alone who show a certificate.
     pub fn with_tls(
         config: ServerConfig,
         script: impl FnMut(&Request) -> Answer + Send + 'static,
@@ -135,8 +137,11 @@ impl Receiver {
                 let (state, script, tls) = (Arc::clone(&state), Arc::clone(&script), tls.clone());
                 std::thread::spawn(move || {
                     state.open.fetch_add(1, SeqCst);
-                    // A client that goes away is its own affair.
+                    let socket = stream.try_clone().expect("a socket");
+                    // A client that goes away, or is not let in, is its own
+                    // affair.
                     serve(stream, tls, &state, &script).ok();
+                    socket.shutdown(Shutdown::Both).ok();
                     state.open.fetch_sub(1, SeqCst);
                 });
             }
@@ -233,7 +238,6 @@ fn serve(
 ) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let connection = state.connections.fetch_add(1, SeqCst) + 1;
-    let socket = stream.try_clone()?;
     let line: Box<dyn Line> = match tls {
         None => Box::new(stream),
         Some(config) => {
@@ -259,7 +263,7 @@ fn serve(
             break;
         }
     }
-    socket.shutdown(Shutdown::Both)
+    Ok(())
 }
 
 /// Whether the connection goes on.

@@ -34,11 +34,17 @@ impl RedisServer {
     /// certificate of `clients`, if they are given.
     pub fn start_tls(leaf: &Leaf, clients: Option<&Authority>) -> Self {
         let mut server = Self::absent();
+        server.start_again_tls(leaf, clients);
+        server
+    }
+
+    /// As [`Self::start_again`], with TLS as [`Self::start_tls`] has it.
+    pub fn start_again_tls(&mut self, leaf: &Leaf, clients: Option<&Authority>) {
         let authority = clients.map_or_else(|| leaf.cert(), Authority::file);
         let files = [leaf.cert(), leaf.key(), authority];
         let [cert, key, authority] = files.map(|path| path.display().to_string());
-        let port = server.port.to_string();
-        server.start_again(&[
+        let port = self.port.to_string();
+        self.start_again(&[
             "--port",
             "0",
             "--tls-port",
@@ -52,7 +58,6 @@ impl RedisServer {
             "--tls-auth-clients",
             if clients.is_some() { "yes" } else { "no" },
         ]);
-        server
     }
 
     /// Its URL, where it speaks TLS.
@@ -200,24 +205,45 @@ impl PostgresServer {
     /// certificate of `clients`, if they are given.
     pub fn start_tls(leaf: &Leaf, clients: Option<&Authority>) -> Self {
         let mut server = Self::initialised();
-        let cert = server.place(&leaf.cert(), "server.pem");
-        let key = server.place(&leaf.key(), "server.key");
+        let settings = server.tls_settings(leaf, clients);
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        server.start_again(&settings);
+        server
+    }
+
+    /// The settings of [`Self::start_tls`], and the files that they name.
+    fn tls_settings(&self, leaf: &Leaf, clients: Option<&Authority>) -> Vec<String> {
+        let cert = self.place(&leaf.cert(), "server.pem");
+        let key = self.place(&leaf.key(), "server.key");
         let mut settings = vec![
             "ssl=on".to_owned(),
             format!("ssl_cert_file={}", cert.display()),
             format!("ssl_key_file={}", key.display()),
         ];
         if let Some(clients) = clients {
-            let authority = server.place(&clients.file(), "clients.pem");
+            let authority = self.place(&clients.file(), "clients.pem");
             let who = "all all 127.0.0.1/32 trust";
             settings.push(format!("ssl_ca_file={}", authority.display()));
-            settings.push(server.rules(&format!(
+            settings.push(self.rules(&format!(
                 "hostnossl {who}\nhostssl {who} clientcert=verify-ca\n"
             )));
         }
-        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
-        server.start_again(&settings);
-        server
+        settings
+    }
+
+    /// Replaces the certificates of one that [`Self::start_tls`] started; those
+    /// who connect from now on meet the new ones.
+    pub fn renew_tls(&self, leaf: &Leaf, clients: &Authority) {
+        self.tls_settings(leaf, Some(clients));
+        let url = format!("{}?sslmode=disable", self.url());
+        let loaded = || -> i64 {
+            let loaded = "select (extract(epoch from pg_conf_load_time()) * 1000000)::int8";
+            Database::connect(&url).count(loaded)
+        };
+        let before = loaded();
+        let process = self.process.as_ref().expect("it runs");
+        kill(pid_of(process), Signal::SIGHUP).expect("PostgreSQL takes a signal");
+        eventually("PostgreSQL has loaded its files", || loaded() > before);
     }
 
     /// Starts one that asks everybody but the superuser `ackonce` for a password.

@@ -24,7 +24,23 @@ impl TlsListener {
     /// Opens one that shows `leaf`, and lets nobody in without a certificate of
     /// `clients`, if they are given.
     pub fn open(leaf: &Leaf, clients: Option<&Authority>) -> Self {
-        let port = free_port();
+        Self::open_on(free_port(), leaf, clients, "")
+    }
+
+    /// As [`Self::open`], and speaks TLS 1.2 alone.
+    pub fn open_tls_1_2(leaf: &Leaf, clients: Option<&Authority>) -> Self {
+        Self::open_on(free_port(), leaf, clients, ", {versions, ['tlsv1.2']}")
+    }
+
+    /// Closes it and opens it anew on the same port, as [`Self::open`] has it.
+    #[must_use]
+    pub fn reopen(self, leaf: &Leaf, clients: Option<&Authority>) -> Self {
+        let port = self.port;
+        drop(self);
+        Self::open_on(port, leaf, clients, "")
+    }
+
+    fn open_on(port: u16, leaf: &Leaf, clients: Option<&Authority>, more: &str) -> Self {
         let key = PrivateKeyDer::from_pem_file(leaf.key()).expect("a key");
         let clients = clients.map_or_else(String::new, |authority| {
             format!(
@@ -35,7 +51,7 @@ impl TlsListener {
         // Certificates as bytes: a broker in a chroot sees no file of ours.
         ctl(&format!(
             "{{ok, _}} = application:ensure_all_started(ssl), \
-             Options = [{{cert, {}}}, {{key, {{'PrivateKeyInfo', {}}}}}{clients}], \
+             Options = [{{cert, {}}}, {{key, {{'PrivateKeyInfo', {}}}}}{clients}{more}], \
              Listener = {{\"127.0.0.1\", {port}, auto}}, \
              case erlang:function_exported(rabbit_networking, start_ssl_listener, 3) of \
              true -> rabbit_networking:start_ssl_listener(Listener, Options, 1); \

@@ -8,7 +8,8 @@ use tempfile::TempDir;
 use url::Url;
 
 use super::{
-    Broker, Config, Consumer, DEADLINE, Daemon, Database, Gate, Management, PrivateBroker, Redis,
+    Admin, Broker, Config, Consumer, DEADLINE, Daemon, Database, Gate, Management, PrivateBroker,
+    Redis,
 };
 
 /// Everything one test has to itself. Dropping it removes it all.
@@ -150,6 +151,33 @@ impl World {
         let daemon = self.daemon(config).start();
         daemon.wait_until_consuming();
         daemon
+    }
+
+    /// As [`Self::run`], with its admin address.
+    pub fn watch(&self, config: &Config) -> (Daemon, Admin) {
+        let daemon = self.run(config);
+        let admin = Admin::of(&daemon);
+        (daemon, admin)
+    }
+
+    /// A daemon whose queues and schema are there already, at its admin
+    /// address: the first worker that comes to `step` waits there until the
+    /// gate is open.
+    pub fn watch_paused_at(&self, config: &Config, step: &str) -> (Daemon, Admin, Gate) {
+        self.prepare(config);
+        let gate = self.gate();
+        let daemon = self.daemon(config).pauses_at(step, 1, &gate).start();
+        let admin = Admin::of(&daemon);
+        (daemon, admin, gate)
+    }
+
+    /// Closes the vhost's connection that says to be for `purpose`, once the
+    /// broker's API knows of it.
+    pub fn close_connection(&self, purpose: &str) {
+        super::eventually("the broker closes the connection", || {
+            let name = self.management.connection_of(&self.name, purpose);
+            name.is_some_and(|name| self.management.close_connection(&name))
+        });
     }
 
     /// Runs `ackonce ARGUMENTS --config` with `config`, to its end.

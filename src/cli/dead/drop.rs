@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
+use serde_json::json;
 
 use super::export::Out;
 use crate::broker::desk::Ticket;
@@ -17,6 +18,7 @@ use crate::dead_letter::file;
 use crate::dead_letter::filter::Filter;
 use crate::dead_letter::letter::Letter;
 use crate::dead_letter::tally::{By, Tally};
+use crate::dead_letter::view;
 use crate::ledger::desk::{Action, ActionId, Key};
 use crate::message::Fingerprint;
 use crate::stop::Stop;
@@ -57,6 +59,18 @@ pub(super) struct Arguments {
     /// Do not ask
     #[arg(long)]
     yes: bool,
+
+    /// Print lines of JSON, the last one a summary
+    #[arg(long)]
+    json: bool,
+}
+
+impl Arguments {
+    /// The file that the letters go to, as it was named.
+    fn file(&self) -> Option<String> {
+        let path = self.export.as_ref();
+        path.map(|path| path.display().to_string())
+    }
 }
 
 fn help() -> String {
@@ -65,7 +79,11 @@ fn help() -> String {
          ackonce.desk_letter in PostgreSQL, and the letters to FILE, before the broker is told. \
          Interrupted, it leaves a letter in the queue or in both, and run again it goes on. \
          What is asked is asked about the letters that are there at that moment: those that die \
-         while you think are not dropped.\n\n{}\n\n{}\n\n{}",
+         while you think are not dropped.\n\n\
+         --json prints one object for each letter that left the queue, as `dead list` does, with \
+         {{\"action\": \"dropped\"}}; with --dry-run for each that would, with \
+         {{\"would\": \"drop\"}}; and at the end {{\"summary\": {{consumer, queue, depth, read, \
+         meant, dropped, file}}}}, also when it ended before its end.\n\n{}\n\n{}\n\n{}",
         filters::HELP,
         desk::HELP,
         desk::STATUS
@@ -95,9 +113,12 @@ fn drop_letters(arguments: &Arguments, filter: &Filter, stop: &Stop) -> Result<E
     let mut only = None;
     if arguments.dry_run || !arguments.yes {
         let desk = arguments.desk.open(&config, &consumer, "dead drop")?;
-        let survey = survey(desk, filter, stop)?;
+        let survey = survey(desk, filter, stop, arguments.dry_run && arguments.json)?;
         if arguments.dry_run || survey.seen.meant == 0 {
-            output(&survey.text);
+            match arguments.json {
+                true => print_summary(&consumer, arguments, &survey.seen, 0),
+                false => output(&survey.text),
+            }
             eprintln!(
                 "ackonce: {} of {} letters are meant",
                 survey.seen.meant, survey.seen.read
@@ -142,10 +163,14 @@ struct Survey {
     letters: Known,
 }
 
-fn survey(desk: Desk<'_>, filter: &Filter, stop: &Stop) -> Result<Survey, Exit> {
+/// With `lines` it says of each letter what would be done.
+fn survey(desk: Desk<'_>, filter: &Filter, stop: &Stop, lines: bool) -> Result<Survey, Exit> {
     let mut tally = Tally::new(By::Reason);
     let mut letters = Known::default();
     let seen = look(desk, filter, stop, |letter| {
+        if lines {
+            print_line(letter, "would", "drop");
+        }
         tally.add(letter);
         letters.add(letter.key());
         Ok(())
@@ -172,7 +197,11 @@ fn carry_out(
     let mut desk = arguments.desk.open(config, consumer, "dead drop")?;
     let mut out = arguments.export.as_deref().map(Out::create).transpose()?;
     let action = begin(&mut desk, consumer, arguments)?;
-    let (mut seen, mut dropped) = (Seen::default(), 0);
+    let mut seen = Seen {
+        depth: desk.depth(),
+        ..Seen::default()
+    };
+    let mut dropped = 0;
     let mut progress = Progress::new("letters read", desk.depth());
     let walked = walk(&mut desk, stop, &mut progress, |desk, letters| {
         let mut chosen = Vec::new();
@@ -182,12 +211,19 @@ fn carry_out(
                 chosen.push((letter, ticket));
             }
         }
-        dropped += drop_chunk(desk, action, consumer, out.as_mut(), chosen)?;
+        let gone = drop_chunk(desk, action, consumer, out.as_mut(), chosen)?;
+        dropped += gone.len() as u64;
+        if arguments.json {
+            gone.iter().for_each(|l| print_line(l, "action", "dropped"));
+        }
         Ok(())
     });
     progress.finish();
     seen.warn();
-    output(&format!("dropped {dropped} letters\n"));
+    match arguments.json {
+        true => print_summary(consumer, arguments, &seen, dropped),
+        false => output(&format!("dropped {dropped} letters\n")),
+    }
     let ended = desk.end(action).map_err(trouble);
     let given_back = desk.give_back().map_err(trouble);
     // One that has lines in it may be all there is of a letter.
@@ -202,10 +238,7 @@ fn begin(
     consumer: &Consumer,
     arguments: &Arguments,
 ) -> Result<ActionId, Exit> {
-    let file = arguments
-        .export
-        .as_ref()
-        .map(|path| path.display().to_string());
+    let file = arguments.file();
     let action = Action {
         consumer: &consumer.name,
         action: "drop",
@@ -217,31 +250,50 @@ fn begin(
     desk.begin(&action).map_err(trouble)
 }
 
-/// File, journal, broker, in this order.
+/// File, journal, broker, in this order. Returns what has left the queue.
 fn drop_chunk(
     desk: &mut Desk<'_>,
     action: ActionId,
     consumer: &Consumer,
     out: Option<&mut Out>,
     letters: Vec<(Letter, Ticket)>,
-) -> Result<u64, Exit> {
+) -> Result<Vec<Letter>, Exit> {
     if letters.is_empty() {
-        return Ok(0);
+        return Ok(Vec::new());
     }
+    let (letters, tickets): (Vec<Letter>, Vec<Ticket>) = letters.into_iter().unzip();
     if let Some(out) = out {
-        for (letter, _) in &letters {
+        for letter in &letters {
             out.write(&file::line(letter, consumer))?;
         }
         out.sync()?;
     }
-    let keys: Vec<Key<'_>> = letters.iter().map(|(letter, _)| letter.key()).collect();
+    let keys: Vec<Key<'_>> = letters.iter().map(Letter::key).collect();
     desk.note(action, &keys).map_err(trouble)?;
-    let count = letters.len() as u64;
-    for (_, ticket) in letters {
+    for ticket in tickets {
         desk.ack(ticket).map_err(trouble)?;
     }
     desk.settle().map_err(trouble)?;
-    Ok(count)
+    Ok(letters)
+}
+
+fn print_line(letter: &Letter, member: &str, what: &str) {
+    let mut line = view::summary(letter);
+    line[member] = json!(what);
+    output(&format!("{line}\n"));
+}
+
+fn print_summary(consumer: &Consumer, arguments: &Arguments, seen: &Seen, dropped: u64) {
+    let summary = json!({ "summary": {
+        "consumer": consumer.name,
+        "queue": consumer.topology.dead_letter_queue,
+        "depth": seen.depth,
+        "read": seen.read,
+        "meant": seen.meant,
+        "dropped": dropped,
+        "file": arguments.file(),
+    }});
+    output(&format!("{summary}\n"));
 }
 
 #[cfg(test)]

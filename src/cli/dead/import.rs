@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use serde_json::json;
 
 use crate::broker::publisher::{Fate, Limits, Publisher, Seq};
 use crate::cli::desk::{self, DeskArguments, connect, trouble, walk};
@@ -18,7 +19,7 @@ use crate::config::checked::{Config, Consumer};
 use crate::dead_letter::desk::Desk;
 use crate::dead_letter::file::Entry;
 use crate::ledger::desk::{self as book, Action, ActionId};
-use crate::message::{Fingerprint, MessageId};
+use crate::message::{Fingerprint, MessageId, hex};
 use crate::postgres::Session;
 use crate::stop::Stop;
 
@@ -33,6 +34,14 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Most bytes of a batch.
 const BATCH_BYTES: usize = 16 << 20;
+
+/// What became of a letter, for machines.
+const IMPORTED: &str = "imported";
+const PASSED_OVER: &str = "passed-over";
+const FAILED: &str = "failed";
+
+/// Of what was sent and has no answer.
+const UNCONFIRMED: &str = "not confirmed: it may have arrived or not";
 
 /// Arguments of `ackonce dead import`.
 #[derive(Debug, Clone, Args)]
@@ -56,6 +65,10 @@ pub(super) struct Arguments {
     /// Do not ask
     #[arg(long)]
     yes: bool,
+
+    /// Print lines of JSON, the last one a summary
+    #[arg(long)]
+    json: bool,
 }
 
 fn help() -> String {
@@ -67,7 +80,13 @@ fn help() -> String {
          its header CC becomes ackonce-cc, and a user_id that is not the daemon's becomes the \
          header ackonce-user-id, since the broker would act on them. Where neither broker nor \
          daemon wrote into its headers where it was first published to, ackonce-exchange and \
-         ackonce-routing-key say it.\n\n{}\n\n{}",
+         ackonce-routing-key say it.\n\n\
+         --json prints one object for each line of the file, when its fate is known: line (its \
+         number), id, fingerprint, action (imported, passed-over or failed), and why where it \
+         failed; with --dry-run would (import or pass-over) in place of action; and at the end \
+         {{\"summary\": {{consumer, queue, letters, new, passed_over, imported, failed}}}}, also \
+         when it ended before its end: lines that it did not come to are not printed \
+         then.\n\n{}\n\n{}",
         desk::HELP,
         desk::STATUS
     )
@@ -81,44 +100,50 @@ pub(super) fn run(arguments: &Arguments) -> Result<Exit, Exit> {
 
 fn import(arguments: &Arguments, stop: &Stop) -> Result<Exit, Exit> {
     let (config, consumer) = arguments.desk.load()?;
-    let mut letters = 0;
-    read(arguments, &consumer, |_| {
-        letters += 1;
-        match stop.is_set() {
-            true => Err(Exit::Partial),
-            false => Ok(()),
-        }
+    read(arguments, &consumer, |_, _| match stop.is_set() {
+        true => Err(Exit::Partial),
+        false => Ok(()),
     })?;
     let mut desk = arguments.desk.open(&config, &consumer, "dead import")?;
     let there = inventory(&mut desk, stop);
     // The letters go back before others come to stand beside them.
     let seat = desk.stay_seated().map_err(trouble);
     let (there, mut session) = (there?, seat?);
-    let new = count_new(arguments, &consumer, there.clone())?;
-    if arguments.dry_run || new == 0 {
-        let known = letters - new;
-        output(&format!(
-            "{new} letters to import, {known} are in the queue\n"
-        ));
+    let mut count = Count::default();
+    each_by_standing(arguments, &consumer, there.clone(), |_, _, is_new| {
+        count.letters += 1;
+        count.new += u64::from(is_new);
+    })?;
+    if arguments.dry_run || count.new == 0 {
+        say_standing(arguments, &consumer, there, count)?;
         return Ok(Exit::Success);
     }
     let queue = &consumer.topology.dead_letter_queue;
     confirm(
-        &format!("put {new} letters into queue {queue}?"),
+        &format!("put {} letters into queue {queue}?", count.new),
         arguments.yes,
     )?;
     let place = (&config, &consumer);
-    publish(arguments, place, &mut session, (there, new), stop)
+    publish(arguments, place, &mut session, (there, count), stop)
+}
+
+/// Letters of the file.
+#[derive(Debug, Clone, Copy, Default)]
+struct Count {
+    letters: u64,
+    /// Those that are not in the queue yet.
+    new: u64,
 }
 
 /// What one letter is told by.
 type Name = (Option<MessageId>, Fingerprint);
 
-/// Reads the file, and says by number which line is wrong.
+/// Reads the file, and says by number which line is wrong. `each` gets every
+/// letter with the number of its line.
 fn read(
     arguments: &Arguments,
     consumer: &Consumer,
-    mut each: impl FnMut(Entry) -> Result<(), Exit>,
+    mut each: impl FnMut(u64, Entry) -> Result<(), Exit>,
 ) -> Result<(), Exit> {
     let path = arguments.file.display();
     let wrong = |text: String| {
@@ -145,7 +170,7 @@ fn read(
                 consumer.name
             )));
         }
-        each(entry)?;
+        each(number, entry)?;
     }
     Ok(())
 }
@@ -179,24 +204,84 @@ fn name_of(entry: &Entry, consumer: &Consumer) -> Name {
     (entry.id(&consumer.identity), entry.fingerprint)
 }
 
-fn count_new(
+/// Says of each letter, with its line, whether it would be new to the queue.
+fn each_by_standing(
     arguments: &Arguments,
     consumer: &Consumer,
     mut there: HashMap<Name, u64>,
-) -> Result<u64, Exit> {
-    let mut new = 0;
-    read(arguments, consumer, |entry| {
-        new += u64::from(!is_there(&mut there, name_of(&entry, consumer)));
+    mut each: impl FnMut(u64, &Name, bool),
+) -> Result<(), Exit> {
+    read(arguments, consumer, |number, entry| {
+        let name = name_of(&entry, consumer);
+        let is_new = !is_there(&mut there, name.clone());
+        each(number, &name, is_new);
         Ok(())
+    })
+}
+
+/// What a dry run says, and one that finds nothing to import.
+fn say_standing(
+    arguments: &Arguments,
+    consumer: &Consumer,
+    there: HashMap<Name, u64>,
+    count: Count,
+) -> Result<(), Exit> {
+    if !arguments.json {
+        output(&format!(
+            "{} letters to import, {} are in the queue\n",
+            count.new,
+            count.letters - count.new
+        ));
+        return Ok(());
+    }
+    each_by_standing(arguments, consumer, there, |line, name, is_new| {
+        let (member, what) = match (arguments.dry_run, is_new) {
+            (true, true) => ("would", "import"),
+            (true, false) => ("would", "pass-over"),
+            (false, _) => ("action", PASSED_OVER),
+        };
+        print_line(line, name, (member, what), None);
     })?;
-    Ok(new)
+    print_summary(consumer, count, (0, 0));
+    Ok(())
+}
+
+fn print_line(
+    line: u64,
+    (id, fingerprint): &Name,
+    (member, what): (&str, &str),
+    why: Option<&str>,
+) {
+    let mut object = json!({
+        "line": line,
+        "id": id.as_ref().map(MessageId::as_str),
+        "fingerprint": hex(&fingerprint.0),
+    });
+    object[member] = json!(what);
+    if let Some(why) = why {
+        object["why"] = json!(why);
+    }
+    output(&format!("{object}\n"));
+}
+
+fn print_summary(consumer: &Consumer, count: Count, (imported, failed): (u64, u64)) {
+    let summary = json!({ "summary": {
+        "consumer": consumer.name,
+        "queue": consumer.topology.dead_letter_queue,
+        "letters": count.letters,
+        "new": count.new,
+        "passed_over": count.letters - count.new,
+        "imported": imported,
+        "failed": failed,
+    }});
+    output(&format!("{summary}\n"));
 }
 
 fn publish(
     arguments: &Arguments,
     (config, consumer): (&Config, &Consumer),
     session: &mut Session,
-    (mut there, new): (HashMap<Name, u64>, u64),
+    (mut there, count): (HashMap<Name, u64>, Count),
     stop: &Stop,
 ) -> Result<Exit, Exit> {
     let opened = Publisher::open(&config.broker, "dead import", Limits::default());
@@ -222,25 +307,32 @@ fn publish(
         action,
         waiting: Vec::new(),
         bytes: 0,
-        progress: Progress::new("letters imported", new),
+        json: arguments.json,
+        progress: Progress::new("letters imported", count.new),
         imported: 0,
         failed: 0,
     };
-    let read = read(arguments, consumer, |entry| {
+    let read = read(arguments, consumer, |line, entry| {
         let name = name_of(&entry, consumer);
-        if is_there(&mut there, name.clone()) {
-            return Ok(());
-        }
         if stop.is_set() {
             return Err(Exit::Partial);
         }
-        importer.put(session, name, entry)
+        if is_there(&mut there, name.clone()) {
+            if arguments.json {
+                print_line(line, &name, ("action", PASSED_OVER), None);
+            }
+            return Ok(());
+        }
+        importer.put(session, Origin { line, name }, entry)
     });
     let sent = read.and_then(|()| importer.send(session));
     importer.progress.finish();
     importer.publisher.close(CLOSE_WITHIN);
     let (imported, failed) = (importer.imported, importer.failed);
-    output(&format!("imported {imported} letters, {failed} not\n"));
+    match arguments.json {
+        true => print_summary(consumer, count, (imported, failed)),
+        false => output(&format!("imported {imported} letters, {failed} not\n")),
+    }
     book::end(session, action).map_err(|e| report(&e))?;
     sent?;
     match failed {
@@ -249,22 +341,29 @@ fn publish(
     }
 }
 
+/// A letter and where in the file it stands.
+struct Origin {
+    line: u64,
+    name: Name,
+}
+
 struct Importer<'a> {
     queue: &'a str,
     user: String,
     publisher: Publisher,
     action: ActionId,
-    waiting: Vec<(Name, Entry)>,
+    waiting: Vec<(Origin, Entry)>,
     bytes: usize,
+    json: bool,
     progress: Progress,
     imported: u64,
     failed: u64,
 }
 
 impl Importer<'_> {
-    fn put(&mut self, session: &mut Session, name: Name, entry: Entry) -> Result<(), Exit> {
+    fn put(&mut self, session: &mut Session, origin: Origin, entry: Entry) -> Result<(), Exit> {
         self.bytes += entry.body.len();
-        self.waiting.push((name, entry));
+        self.waiting.push((origin, entry));
         match self.waiting.len() >= BATCH || self.bytes >= BATCH_BYTES {
             true => self.send(session),
             false => Ok(()),
@@ -277,12 +376,14 @@ impl Importer<'_> {
         let letters = std::mem::take(&mut self.waiting);
         let keys: Vec<_> = letters
             .iter()
-            .map(|((id, print), _)| (id.as_ref().map(MessageId::as_str), *print))
+            .map(|(origin, _)| {
+                let (id, print) = &origin.name;
+                (id.as_ref().map(MessageId::as_str), *print)
+            })
             .collect();
         book::note(session, self.action, &keys).map_err(|e| report(&e))?;
-        let mut sent: HashMap<Seq, String> = HashMap::new();
-        for ((id, _), entry) in letters {
-            let name = id.map_or_else(|| "without an id".to_owned(), |id| id.to_string());
+        let mut sent: HashMap<Seq, Origin> = HashMap::new();
+        for (origin, entry) in letters {
             let properties = entry.properties.moved_aside(&self.user);
             let route = ("", self.queue);
             match self
@@ -290,30 +391,30 @@ impl Importer<'_> {
                 .publish_whole(route, &entry.body, &properties)
             {
                 Ok(seq) => {
-                    sent.insert(seq, name);
+                    sent.insert(seq, origin);
                 }
-                Err(error) => {
-                    self.progress
-                        .say(&format!("ackonce: letter {name:?}: {error}"));
-                    self.failed += 1;
-                }
+                Err(error) => self.not_imported(&origin, &error.to_string()),
             }
             let fates = self.publisher.poll();
             self.enter(fates, &mut sent);
         }
         let fates = self.publisher.wait_all(CONFIRM_WITHIN);
         self.enter(fates, &mut sent);
-        // What has no fate by now may arrive or not.
-        self.failed += sent.len() as u64;
+        let unknown = sent.len();
+        let mut silent: Vec<Origin> = sent.into_values().collect();
+        silent.sort_by_key(|origin| origin.line);
+        for origin in silent {
+            self.not_imported(&origin, UNCONFIRMED);
+        }
         match self.publisher.lost() {
             Some(cause) => {
                 eprintln!("ackonce: lost the connection to the broker: {cause}");
                 Err(Exit::Unreachable)
             }
-            None if !sent.is_empty() => {
+            None if unknown > 0 => {
                 eprintln!(
-                    "ackonce: the broker confirms no more: {} letters may have arrived or not",
-                    sent.len()
+                    "ackonce: the broker confirms no more: {unknown} letters may have arrived or \
+                     not"
                 );
                 Err(Exit::Unreachable)
             }
@@ -321,22 +422,37 @@ impl Importer<'_> {
         }
     }
 
-    fn enter(&mut self, fates: Vec<(Seq, Fate)>, sent: &mut HashMap<Seq, String>) {
+    fn enter(&mut self, fates: Vec<(Seq, Fate)>, sent: &mut HashMap<Seq, Origin>) {
         for (seq, fate) in fates {
-            let name = sent.remove(&seq).unwrap_or_default();
-            let what = match fate {
+            let Some(origin) = sent.remove(&seq) else {
+                continue;
+            };
+            match fate {
                 Fate::Confirmed => {
                     self.imported += 1;
                     self.progress.add(1);
-                    continue;
+                    if self.json {
+                        print_line(origin.line, &origin.name, ("action", IMPORTED), None);
+                    }
                 }
-                Fate::Returned { text, .. } => format!("returned: {text}: is the queue gone?"),
-                Fate::Nacked => "refused: is the queue full?".to_owned(),
-                Fate::Unknown => "not confirmed: it may have arrived or not".to_owned(),
-            };
-            self.failed += 1;
-            self.progress
-                .say(&format!("ackonce: letter {name:?}: {what}"));
+                Fate::Returned { text, .. } => {
+                    let why = format!("returned: {text}: is the queue gone?");
+                    self.not_imported(&origin, &why);
+                }
+                Fate::Nacked => self.not_imported(&origin, "refused: is the queue full?"),
+                Fate::Unknown => self.not_imported(&origin, UNCONFIRMED),
+            }
         }
+    }
+
+    fn not_imported(&mut self, origin: &Origin, why: &str) {
+        self.failed += 1;
+        if self.json {
+            return print_line(origin.line, &origin.name, ("action", FAILED), Some(why));
+        }
+        let (id, _) = &origin.name;
+        let name = id.as_ref().map_or("without an id", MessageId::as_str);
+        let text = format!("ackonce: letter {name:?} in line {}: {why}", origin.line);
+        self.progress.say(&text);
     }
 }

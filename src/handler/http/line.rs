@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, StreamOwned};
+use rustls::{ClientConnection, StreamOwned};
 use socket2::{Domain, Protocol, Socket, Type};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{
@@ -26,13 +26,16 @@ use ureq::unversioned::transport::{
 use url::Host;
 
 use crate::stop::Stop;
-use crate::trust;
+use crate::trust::{self, Renewed, has_hung_up};
 
 /// How soon a wait notices that it is cancelled or late.
 const TICK: Duration = Duration::from_millis(50);
 
 /// What is sent together: head and body of a small request are one packet.
 const TOGETHER_MAX: usize = 16 << 10;
+
+/// Longest wait for what a receiver says to a connection without a request.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Room for the head of an answer, and for each piece of a request, in bytes.
 const BUFFER: usize = 64 << 10;
@@ -90,7 +93,7 @@ pub(super) struct Dialler {
     /// Its port.
     pub(super) port: u16,
     /// For `https`: how, and whose certificate it must be.
-    pub(super) tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
+    pub(super) tls: Option<(Renewed, ServerName<'static>)>,
     /// Longest wait for name, TCP and TLS together.
     pub(super) within: Duration,
     /// Ends every wait.
@@ -138,12 +141,22 @@ impl Dialler {
         };
         let stream = match &self.tls {
             None => Stream::Plain(socket),
-            Some((config, name)) => {
-                let failed = |error: &io::Error| self.tls_failed(error);
-                let mut tls = ClientConnection::new(Arc::clone(config), name.clone())
+            Some((trust, name)) => {
+                let config = trust
+                    .client()
+                    .map_err(|error| NoLine::Tls(format!("{self}: {error}")))?;
+                let mut tls = ClientConnection::new(config, name.clone())
                     .map_err(|error| NoLine::Tls(format!("{self}: {error}")))?;
                 while tls.is_handshaking() {
-                    tls.complete_io(&mut socket).map_err(|e| failed(&e))?;
+                    let Err(error) = tls.complete_io(&mut socket) else {
+                        continue;
+                    };
+                    if has_hung_up(&error)
+                        && let Some(why) = trust::last_word(&mut tls, &mut socket)
+                    {
+                        return Err(self.tls_refused(&why));
+                    }
+                    return Err(self.tls_failed(&error));
                 }
                 Stream::Tls(Box::new(StreamOwned::new(tls, socket)))
             }
@@ -156,6 +169,31 @@ impl Dialler {
         })
     }
 
+    /// Connects, says goodbye before any request, and hears what the receiver
+    /// says to that. In TLS 1.3 a client's certificate, or that it has none, is
+    /// refused after the handshake only.
+    pub(super) fn try_out(&self, deadline: Instant) -> Result<(), NoLine> {
+        let mut line = self.dial(deadline)?;
+        let Stream::Tls(tls) = &mut line.stream else {
+            return Ok(());
+        };
+        tls.sock.until = Some(deadline.min(Instant::now() + FAREWELL));
+        tls.conn.send_close_notify();
+        // One that listens no more may have said why.
+        tls.flush().ok();
+        loop {
+            match line.stream.hear(&mut [0; 1024]) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) if rustls_error(&error).is_some() => {
+                    return Err(self.tls_failed(&error));
+                }
+                // Closed without a word, or nothing said in time.
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
     fn tls_failed(&self, error: &io::Error) -> NoLine {
         if is_cancelled(error) {
             return NoLine::Cancelled;
@@ -163,10 +201,14 @@ impl Dialler {
         if error.kind() == io::ErrorKind::TimedOut {
             return NoLine::Tls(format!("{self}: timed out; does this port speak TLS?"));
         }
-        NoLine::Tls(match rustls_error(error) {
-            Some(error) => format!("{self}: {}", trust::explained(error)),
-            None => format!("{self}: {error}"),
-        })
+        match rustls_error(error) {
+            Some(error) => self.tls_refused(error),
+            None => NoLine::Tls(format!("{self}: {error}")),
+        }
+    }
+
+    fn tls_refused(&self, error: &rustls::Error) -> NoLine {
+        NoLine::Tls(format!("{self}: {}", trust::explained(error)))
     }
 
     /// libc's resolver knows no deadline, so it runs on a thread of its own.
@@ -360,6 +402,25 @@ impl Stream {
         }
     }
 
+    /// As `read`, and sends nothing: TLS would first send what it still has,
+    /// and to one that takes no more it never comes to reading then.
+    fn hear(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let tls = match self {
+            Self::Plain(socket) => return socket.read(buf),
+            Self::Tls(tls) => &mut **tls,
+        };
+        loop {
+            match tls.conn.reader().read(buf) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+            tls.conn.read_tls(&mut tls.sock)?;
+            tls.conn
+                .process_new_packets()
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        }
+    }
+
     fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Plain(socket) => socket.write_all(bytes),
@@ -385,14 +446,7 @@ impl Line {
             return Ok(());
         }
         match stream.send(bytes) {
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::BrokenPipe
-                        | io::ErrorKind::ConnectionReset
-                        | io::ErrorKind::ConnectionAborted
-                ) =>
-            {
+            Err(error) if has_hung_up(&error) => {
                 *deaf = Some(error);
                 Ok(())
             }
@@ -433,8 +487,14 @@ impl Transport for Line {
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
         self.wait_until(timeout);
         self.send_unsent()?;
-        let read = self.stream.read(self.buffers.input_append_buf());
+        let room = self.buffers.input_append_buf();
+        let read = match self.deaf {
+            None => self.stream.read(room),
+            Some(_) => self.stream.hear(room),
+        };
         match (read, self.deaf.take()) {
+            // It said why it takes no more.
+            (Err(error), Some(_)) if rustls_error(&error).is_some() => Err(error.into()),
             (Ok(0) | Err(_), Some(error)) => Err(error.into()),
             (Err(error), None) => Err(error.into()),
             (Ok(count), deaf) => {

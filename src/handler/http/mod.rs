@@ -11,7 +11,7 @@ pub mod retry_after;
 mod signature;
 
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustls::pki_types::ServerName;
@@ -155,8 +155,8 @@ impl HttpHandler {
             |error: &dyn std::fmt::Display| failure(HttpFailure::Connect, error.to_string());
         let address = Url::parse(config.url.expose()).map_err(|error| broken(&error))?;
         let dialler = dialler(config, &address, Wish::default()).map_err(|error| broken(&error))?;
-        match dialler.dial(Instant::now() + config.connect_timeout) {
-            Ok(_) => Ok(dialler.to_string()),
+        match dialler.try_out(Instant::now() + config.connect_timeout) {
+            Ok(()) => Ok(dialler.to_string()),
             Err(error) => Err(no_line(&error)),
         }
     }
@@ -300,8 +300,8 @@ fn dialler(
     let host = address.host().ok_or_else(missing)?.to_owned();
     let tls = match address.scheme() {
         "https" => {
-            let tls = trust::client(&config.tls)?;
-            Some((Arc::new(tls), server_name(&host)?))
+            let tls = trust::Renewed::new(&config.tls)?;
+            Some((tls, server_name(&host)?))
         }
         _ => None,
     };
