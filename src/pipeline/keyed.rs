@@ -268,7 +268,9 @@ impl Foreman {
             return usize::from(may);
         }
         let ahead = self.pace.calls_in(AHEAD, self.crew.size).min(most);
-        let held = self.out + self.waiting.len();
+        // Who has answered is free, heard or not.
+        let called = self.out.saturating_sub(self.crew.answers.len());
+        let held = called + self.waiting.len();
         (self.crew.size + ahead).saturating_sub(held).min(most)
     }
 
