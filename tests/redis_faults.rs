@@ -137,7 +137,9 @@ fn redis_that_is_restarted_at_once_costs_no_switch() {
     let mut stage = Stage::with(RedisServer::start(), patient);
     stage.apply("before");
     // Nobody is in the middle of asking when it is killed.
-    eventually("all is marked", || stage.redis.count_marks("*:before-*") == PART);
+    eventually("all is marked", || {
+        stage.redis.count_marks("*:before-*") == PART
+    });
     stage.redis.kill();
     stage.redis.start_again(&[]);
     stage.apply("after");
