@@ -81,33 +81,10 @@ impl Pool {
         signs.pulse.resumed();
         let claims = claims(config, consumer, signs)?;
         let renewal = renewal(config, consumer, &claims)?;
-        let mut claims = claims.into_iter();
         let owner = random::draw();
         let ledger =
             |number| Ledger::new(config.postgres.clone(), &consumer.name, host, number, owner);
-        let mut keyed = Vec::new();
-        for number in 1..=consumer.workers {
-            let handler = match handler::build(consumer, makers)? {
-                Handler::Transactional(handler) => handler,
-                Handler::Keyed(handler) => {
-                    keyed.push(handler);
-                    continue;
-                }
-            };
-            let hands = Hands::Own(handler);
-            let worker = Worker::new(shared.clone(), ledger(number), claims.next(), hands);
-            spawn(
-                &consumer.name,
-                &number.to_string(),
-                || worker.run(),
-                panic.clone(),
-            )?;
-        }
-        if !keyed.is_empty() {
-            let ledgers = [ledger(0), ledger(0)];
-            let foreman = Foreman::new(shared.clone(), ledgers, claims.next(), keyed, &panic)?;
-            spawn(&consumer.name, "foreman", || foreman.run(), panic.clone())?;
-        }
+        start_threads(&shared, ledger, claims, &panic)?;
         Ok(Self {
             gate: shared.gate,
             inbox: Some(inbox),
@@ -161,6 +138,38 @@ fn renewal(
     let (stop, stopped) = bounded(0);
     let renewer = Renewer::start(redis, &consumer.claim, &consumer.name, claims, stopped)?;
     Ok(Some((stop, renewer)))
+}
+
+/// A thread for each worker; for those whose handler is keyed, one foreman with
+/// a crew in their place.
+fn start_threads(
+    shared: &Shared,
+    ledger: impl Fn(usize) -> Ledger,
+    claims: Vec<Claims>,
+    panic: &Sender<()>,
+) -> anyhow::Result<()> {
+    let consumer = &shared.consumer;
+    let mut claims = claims.into_iter();
+    let mut keyed = Vec::new();
+    for number in 1..=consumer.workers {
+        let handler = match handler::build(consumer, &shared.makers)? {
+            Handler::Transactional(handler) => handler,
+            Handler::Keyed(handler) => {
+                keyed.push(handler);
+                continue;
+            }
+        };
+        let hands = Hands::Own(handler);
+        let worker = Worker::new(shared.clone(), ledger(number), claims.next(), hands);
+        let number = number.to_string();
+        spawn(&consumer.name, &number, || worker.run(), panic.clone())?;
+    }
+    if !keyed.is_empty() {
+        let ledgers = [ledger(0), ledger(0)];
+        let foreman = Foreman::new(shared.clone(), ledgers, claims.next(), keyed, panic)?;
+        spawn(&consumer.name, "foreman", || foreman.run(), panic.clone())?;
+    }
+    Ok(())
 }
 
 fn spawn(

@@ -319,6 +319,16 @@ impl Systemd {
         self.listen();
         self.heard.clear();
     }
+
+    /// Waits until the newest status is this one.
+    fn wait_for_status(&mut self, status: &str) {
+        eventually(&format!("the status is {status:?}"), || {
+            self.listen();
+            let mut newest = self.heard.iter().rev();
+            let newest = newest.find_map(|said| said.strip_prefix("STATUS="));
+            newest == Some(status)
+        });
+    }
 }
 
 #[test]
@@ -390,5 +400,39 @@ fn the_watchdog_is_not_fed_by_a_worker_that_is_stuck() {
     systemd.wait_for("STATUS=1 of 1 consumers consume");
     systemd.forget();
     systemd.wait_for("WATCHDOG=1");
+    daemon.stop();
+}
+
+#[test]
+fn after_a_reload_systemd_has_the_usual_status_again_and_a_refusal_stays_in_it() {
+    let world = World::new();
+    let config = world.orders();
+    let mut systemd = Systemd::new(&world);
+    let daemon = world
+        .daemon(&config)
+        .env("NOTIFY_SOCKET", &systemd.path)
+        .start();
+    let usual = "1 of 1 consumers consume";
+    systemd.wait_for("READY=1");
+    systemd.wait_for_status(usual);
+
+    // Twice alike: the status of the first is not in the way of the second.
+    for _ in 0..2 {
+        systemd.forget();
+        daemon.reload(&config.text());
+        systemd.wait_for("RELOADING=1");
+        systemd.wait_for("STATUS=reloaded");
+        systemd.wait_for_status(usual);
+        assert_eq!(systemd.count("READY=1"), 1, "{:?}", systemd.heard);
+    }
+    for _ in 0..2 {
+        systemd.forget();
+        daemon.reload("this is no TOML");
+        systemd.wait_for("STATUS=reload refused, see the log");
+        let remembered = format!("{usual}; the last reload was refused, see the log");
+        systemd.wait_for_status(&remembered);
+    }
+    daemon.reload(&config.text());
+    systemd.wait_for_status(usual);
     daemon.stop();
 }

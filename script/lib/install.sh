@@ -58,6 +58,7 @@ missing_packages() {
                 have debootstrap || echo debootstrap
                 have systemd-nspawn || echo systemd-container
                 have nsenter || echo util-linux
+                have openssl || echo openssl
                 ;;
             package)
                 have dpkg-shlibdeps || echo dpkg-dev

@@ -7,6 +7,7 @@
 unit=ackonce.service
 credentials=/etc/ackonce/credentials
 drop_in=/etc/systemd/system/$unit.d/test.conf
+certificates_drop_in=/etc/systemd/system/$unit.d/certificates.conf
 
 # same ACTUAL EXPECTED WHAT
 same() {
@@ -127,7 +128,8 @@ CONFIG
     inside cp /etc/ackonce/config.toml /root/
     # The rule that also holds after each boot: 0640 root:ackonce.
     inside systemd-tmpfiles --create ackonce.conf
-    sql 'SET client_min_messages = error; CREATE TABLE IF NOT EXISTS orders
+    # In so many words: the user ackonce would make it in the schema ackonce.
+    sql 'SET client_min_messages = error; CREATE TABLE IF NOT EXISTS public.orders
          (message_id text, customer text, amount_cents bigint, placed_at timestamptz)'
 }
 
@@ -232,6 +234,86 @@ test_restricted() {
     ok "as ackonce with no capability, no new privileges, a filter of system calls, no core files"
 }
 
+# configure_certificates: as docs/install.md has it, for the servers of
+# script/lib/tls.sh.
+configure_certificates() {
+    local name folder="\${CREDENTIALS_DIRECTORY:-$credentials}"
+    configure 512
+    credential amqp "amqps://guest:guest@127.0.0.1:$amqps_port/%2f"
+    credential redis "rediss://127.0.0.1:$rediss_port/0"
+    credential postgres "${ACKONCE_POSTGRES_URL/ackonce@/shop@}?sslmode=verify-full"
+    for name in ca.pem client.pem client.key; do
+        put "$credentials/$name" 600 <"$scratch/tls/${name/client/shop}"
+    done
+    inside sed --in-place "/^url_file = /a ca_file = \"$folder/ca.pem\"\\n\
+client_cert_file = \"$folder/client.pem\"\\nclient_key_file = \"$folder/client.key\"" /etc/ackonce/config.toml
+    inside cp /etc/ackonce/config.toml /root/
+    put "$certificates_drop_in" <<'DROP_IN'
+[Service]
+LoadCredential=ca.pem:/etc/ackonce/credentials/ca.pem
+LoadCredential=client.pem:/etc/ackonce/credentials/client.pem
+LoadCredential=client.key:/etc/ackonce/credentials/client.key
+DROP_IN
+    inside systemctl daemon-reload
+}
+
+test_encrypted() {
+    runs
+    local amqps_port rediss_port output ports
+    amqps_port=$(free_port)
+    rediss_port=$(free_port)
+    mkdir "$scratch/tls"
+    make_authority "$scratch/tls"
+    issue "$scratch/tls" server IP:127.0.0.1
+    issue "$scratch/tls" shop DNS:worker-1
+    secure_rabbitmq "$scratch/tls" "$amqps_port"
+    secure_redis "$scratch/tls" "$rediss_port"
+    secure_postgres "$scratch/tls" shop
+    configure_certificates
+    inside sed '/^client_/d' /root/config.toml | put /root/bare.toml
+    ! output=$(inside ackonce check --config /root/bare.toml 2>&1) || fail "a server wants no certificate: $output"
+    same "$(grep --count '^error' <<<"$output")" 3 "servers that want one: $output"
+    output=$(inside ackonce check 2>&1) || fail "ackonce check: $output"
+
+    set_mark
+    inside systemctl restart "$unit" || fail "it does not start"
+    orders 5001 5500
+    eventually 30 "500 more orders are applied" has_applied_like 'order-5___' 500
+    # What each server says of who is connected.
+    eventually 20 "RabbitMQ has TLS connections alone" rabbitmq_says $'true\ttlsv1.3\tCN=shop'
+    same "$(sql "SELECT DISTINCT usename, version, client_dn FROM pg_stat_activity JOIN pg_stat_ssl USING (pid)
+        WHERE application_name LIKE 'ackonce %'")" 'shop|TLSv1.3|/CN=shop' "PostgreSQL's sessions"
+    ports=$(redis client list | grep --invert-match --extended-regexp 'cmd=client(\|list)? ' |
+        grep --only-matching 'laddr=[^ ]*' | sort --unique)
+    same "$ports" "laddr=127.0.0.1:$rediss_port" "the ports of Redis that are connected to"
+    ! said 'Redis cannot be used' || fail "it works without Redis"
+    inside systemctl reload "$unit" || fail "reloading failed"
+    eventually 20 "it reloads" said 'reloaded: nothing has changed'
+
+    # A file that is missing is found out by systemd, before the daemon starts.
+    inside mv "$credentials/client.key" /root/
+    ! inside systemctl restart "$unit" 2>/dev/null || fail "it starts without its key"
+    eventually 20 "systemd says that it is the credentials" said 'status=243/CREDENTIALS'
+    inside mv /root/client.key "$credentials/"
+    eventually 30 "it starts when the key is there" is ActiveState active
+
+    inside rm "$certificates_drop_in" /root/bare.toml
+    inside systemctl daemon-reload
+    configure 512
+    inside systemctl restart "$unit" || fail "it does not start without TLS"
+    ok "500 orders over TLS 1.3 with a certificate that all three servers demand, its key a credential of the unit"
+}
+
+# rabbitmq_says LINE: whether that is what each connection is.
+rabbitmq_says() {
+    [[ $("$ACKONCE_RABBITMQCTL" --silent list_connections ssl ssl_protocol peer_cert_subject | sort --unique) == "$1" ]]
+}
+
+# has_applied_like PATTERN COUNT
+has_applied_like() {
+    [[ $(sql "SELECT count(DISTINCT message_id) || '/' || count(*) FROM orders WHERE message_id LIKE '$1'") == "$2/$2" ]]
+}
+
 test_reloads() {
     runs
     local pid
@@ -241,6 +323,7 @@ test_reloads() {
     inside systemctl reload "$unit" || fail "reloading failed"
     eventually 20 "it tells what changed" said 'reloaded: .*prefetch'
     eventually 30 "it consumes again" is_consuming
+    eventually 20 "the status is the usual one" is StatusText "3 of 3 consumers consume"
     same "$(property MainPID)" "$pid" "the process"
     orders 3001 3100
     eventually 30 "100 more orders are applied" has_applied_up_to order-3100
@@ -251,11 +334,14 @@ test_reloads() {
     ! said 'told to reload' || fail "the daemon was told all the same"
     inside systemctl kill --kill-who=main --signal=HUP "$unit"
     eventually 20 "the daemon refuses it" said 'reload refused.*prefetch'
+    eventually 20 "the status keeps it in mind" is StatusText \
+        "3 of 3 consumers consume; the last reload was refused, see the log"
     same "$(property MainPID) $(property ActiveState)" "$pid active" "the process"
     orders 3101 3200
     eventually 30 "100 more orders are applied" has_applied_up_to order-3200
     configure 512
     inside systemctl reload "$unit" || fail "reloading what is mended failed"
+    eventually 20 "the refusal is forgotten" is StatusText "3 of 3 consumers consume"
     ok "changed without a new process; a broken configuration refused, twice, and work went on"
 }
 

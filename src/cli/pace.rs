@@ -1,4 +1,8 @@
 //! How fast `ackonce publish` goes.
+//!
+//! It spaces out what is sent, and makes up for a sleep that took too long, so
+//! that a high rate is reached. A replay promises more, of what arrives, and has
+//! [`crate::dead_letter::pace`], which follows the confirms.
 
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};

@@ -23,6 +23,28 @@ impl Keys {
     }
 }
 
+/// The keys about certificates.
+pub(super) const CA_FILE: &str = "ca_file";
+pub(super) const CERT_FILE: &str = "client_cert_file";
+pub(super) const KEY_FILE: &str = "client_key_file";
+
+/// The keys of a section that leads to a server: those in front, those of its
+/// URL and of TLS with it, those behind.
+macro_rules! of_a_link {
+    ([$($front:literal),*], [$($behind:literal),* $(,)?]) => {
+        &[
+            $($front,)*
+            "url",
+            "url_file",
+            $crate::config::keys::CA_FILE,
+            $crate::config::keys::CERT_FILE,
+            $crate::config::keys::KEY_FILE,
+            $($behind,)*
+        ]
+    };
+}
+pub(super) use of_a_link;
+
 /// The sections of the file.
 pub const ROOT: Keys = Keys {
     title: "the top level",
@@ -33,49 +55,35 @@ pub const ROOT: Keys = Keys {
 /// `[broker]`
 pub const BROKER: Keys = Keys {
     title: "[broker]",
-    keys: &[
-        "url",
-        "url_file",
-        "ca_file",
-        "client_cert_file",
-        "client_key_file",
-        "allow_plaintext",
-        "heartbeat",
-        "connect_timeout",
-    ],
+    keys: of_a_link!([], ["allow_plaintext", "heartbeat", "connect_timeout"]),
 };
 /// `[redis]`
 pub const REDIS: Keys = Keys {
     title: "[redis]",
-    keys: &[
-        "enabled",
-        "url",
-        "url_file",
-        "ca_file",
-        "client_cert_file",
-        "client_key_file",
-        "allow_plaintext",
-        "key_prefix",
-        "connect_timeout",
-        "timeout",
-    ],
+    keys: of_a_link!(
+        ["enabled"],
+        [
+            "allow_plaintext",
+            "key_prefix",
+            "connect_timeout",
+            "timeout"
+        ]
+    ),
 };
 /// `[postgres]`
 pub const POSTGRES: Keys = Keys {
     title: "[postgres]",
-    keys: &[
-        "url",
-        "url_file",
-        "ca_file",
-        "client_cert_file",
-        "client_key_file",
-        "allow_plaintext",
-        "connect_timeout",
-        "statement_timeout",
-        "lock_timeout",
-        "idle_in_transaction_timeout",
-        "auto_migrate",
-    ],
+    keys: of_a_link!(
+        [],
+        [
+            "allow_plaintext",
+            "connect_timeout",
+            "statement_timeout",
+            "lock_timeout",
+            "idle_in_transaction_timeout",
+            "auto_migrate",
+        ]
+    ),
 };
 /// `[ledger]`
 pub const LEDGER: Keys = Keys {
@@ -153,35 +161,28 @@ pub const BINDING: Keys = Keys {
 /// `[consumer.handler]`
 pub const HANDLER: Keys = Keys {
     title: "[consumer.handler]",
-    keys: &[
-        "type",
-        "effect",
-        "file",
-        "sql",
-        "method",
-        "url",
-        "url_file",
-        "ca_file",
-        "client_cert_file",
-        "client_key_file",
-        "content_type",
-        "headers",
-        "headers_file",
-        "forward_headers",
-        "key_header",
-        "key_format",
-        "signing_secrets",
-        "signing_secrets_file",
-        "connect_timeout",
-        "argv",
-        "mode",
-        "working_directory",
-        "env",
-        "pass_env",
-        "timeout",
-        "kill_after",
-        "start_timeout",
-    ],
+    keys: of_a_link!(
+        ["type", "effect", "file", "sql", "method"],
+        [
+            "content_type",
+            "headers",
+            "headers_file",
+            "forward_headers",
+            "key_header",
+            "key_format",
+            "signing_secrets",
+            "signing_secrets_file",
+            "connect_timeout",
+            "argv",
+            "mode",
+            "working_directory",
+            "env",
+            "pass_env",
+            "timeout",
+            "kill_after",
+            "start_timeout",
+        ]
+    ),
 };
 
 /// Every section.

@@ -11,7 +11,7 @@ use super::checked::{
 };
 use super::handler::INLINE;
 use super::source::REDACTED;
-use super::{duration, interpolate, size};
+use super::{duration, interpolate, keys, size};
 use crate::failure::Class;
 
 /// The configuration as it will be used. With `show_secrets`, reading it back
@@ -91,11 +91,11 @@ impl Writer {
 
     fn tls(&mut self, tls: &Tls) {
         if let Some(path) = &tls.ca_file {
-            self.path("ca_file", path);
+            self.path(keys::CA_FILE, path);
         }
         if let Some(client) = &tls.client {
-            self.path("client_cert_file", &client.cert_file);
-            self.path("client_key_file", &client.key_file);
+            self.path(keys::CERT_FILE, &client.cert_file);
+            self.path(keys::KEY_FILE, &client.key_file);
         }
     }
 

@@ -9,13 +9,9 @@ use url::{Host, Url};
 
 use super::checked::{ClientCertificate, SslMode, Tls};
 use super::error::Complaint;
+use super::keys::{CA_FILE, CERT_FILE, KEY_FILE};
 use super::reader::Section;
 use super::{defaults, files};
-
-/// The keys about certificates.
-const CA_FILE: &str = "ca_file";
-const CERT_FILE: &str = "client_cert_file";
-const KEY_FILE: &str = "client_key_file";
 
 /// Why the certificates that a section names are of no use, and the way out.
 pub(super) type Useless = (&'static str, &'static str);

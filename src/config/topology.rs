@@ -45,19 +45,7 @@ pub(super) fn topology(
         .or(defaults::QUEUE_TYPE);
     let delivery_limit = delivery_limit(&section, mode.value, queue_type.value);
     let dead_letters = dead_letters(&section, mode.value, queue_type.value);
-    let or_derived = |key: &'static str, suffix: &str| {
-        let typed = section.text(key).then(check_declared_name);
-        let Some(queue) = &queue else {
-            return typed.optional();
-        };
-        let derived = typed.or(format!("{}{suffix}", queue.value));
-        if derived.is_sound() && derived.value.len() > defaults::AMQP_NAME_MAX {
-            let hint = format!("give a shorter `queue`, or set `{key}`");
-            let message = format!("`{key}`, {suffix} after the queue's name, is too long");
-            section.reader.report(queue.span, message, hint);
-        }
-        Some(derived).filter(Field::is_sound)
-    };
+    let or_derived = |key, suffix| typed_or_derived(&section, queue.as_ref(), key, suffix);
     let exchange = or_derived(
         "dead_letter_exchange",
         defaults::DEAD_LETTER_EXCHANGE_SUFFIX,
@@ -74,12 +62,11 @@ pub(super) fn topology(
     }
 
     let (queue, exchange, dead) = (queue?, exchange?, dead?);
-    let is_ours = mode.value != TopologyMode::None;
     if let Some(retry) = retry {
         enter_retry_queues(&section, &queue, retry, names);
     }
     names.enter_queues(&section, &queue, &dead);
-    if is_ours {
+    if mode.value != TopologyMode::None {
         names.enter_dead_letter_exchange(&section, &exchange, &dead);
         for (section, binding) in sections.iter().zip(&bindings) {
             if let Some(binding) = binding {
@@ -97,6 +84,26 @@ pub(super) fn topology(
         dead_letter_queue: dead.value,
         bindings: bindings.into_iter().collect::<Option<Vec<_>>>()?,
     })
+}
+
+/// The name that `key` gives, or else the queue's with `suffix` behind it.
+fn typed_or_derived(
+    section: &Section<'_>,
+    queue: Option<&Field<String>>,
+    key: &'static str,
+    suffix: &str,
+) -> Option<Field<String>> {
+    let typed = section.text(key).then(check_declared_name);
+    let Some(queue) = queue else {
+        return typed.optional();
+    };
+    let derived = typed.or(format!("{}{suffix}", queue.value));
+    if derived.is_sound() && derived.value.len() > defaults::AMQP_NAME_MAX {
+        let hint = format!("give a shorter `queue`, or set `{key}`");
+        let message = format!("`{key}`, {suffix} after the queue's name, is too long");
+        section.reader.report(queue.span, message, hint);
+    }
+    Some(derived).filter(Field::is_sound)
 }
 
 /// `None` where the daemon makes no queue that has one.

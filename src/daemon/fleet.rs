@@ -18,7 +18,7 @@ use crate::config::{self, Config, checked};
 use crate::handler::{self, rust::Makers};
 use crate::observe::admin::Shown;
 use crate::observe::logging;
-use crate::observe::systemd::Systemd;
+use crate::observe::systemd::{Reload, Systemd};
 use crate::prune;
 use crate::stop::{self, Stop, Stopper};
 
@@ -202,7 +202,7 @@ impl<'a> Fleet<'a> {
 
     fn refuse(&mut self, why: &str) {
         log::error!("reload refused, going on with the configuration as it was: {why}");
-        self.end_reload("reload refused, see the log");
+        self.end_reload(Reload::Refused);
     }
 
     /// Goes over to the new configuration.
@@ -244,13 +244,13 @@ impl<'a> Fleet<'a> {
     fn end_reload_if_through(&mut self) {
         let is_draining = self.running.values().any(|r| r.stopper.is_none());
         if self.is_reloading && self.checking.is_none() && !is_draining {
-            self.end_reload("reloaded");
+            self.end_reload(Reload::Done);
         }
     }
 
-    fn end_reload(&mut self, outcome: &str) {
+    fn end_reload(&mut self, end: Reload) {
         self.is_reloading = false;
-        self.systemd.reloaded(outcome);
+        self.systemd.reloaded(end);
     }
 
     fn stop_all(mut self, mut result: Result<(), Fatal>) -> Result<(), Fatal> {

@@ -125,8 +125,11 @@ async fn serve(listener: StdListener, shown: Shown) -> std::io::Result<()> {
                 .header_read_timeout(HEAD_WITHIN)
                 .max_buf_size(HEAD_MAX)
                 .serve_connection(TokioIo::new(stream), answer);
-            // What a client does wrong is its own affair.
-            let _ = tokio::time::timeout(CONNECTION_WITHIN, connection).await;
+            let ended = tokio::time::timeout(CONNECTION_WITHIN, connection).await;
+            // What a client does wrong is its own affair, and so is one that stays.
+            if let Ok(Err(error)) = ended {
+                log::debug!("a connection to the admin address broke off: {error}");
+            }
             drop(place);
         });
     }

@@ -2,7 +2,6 @@
 //! object, each with its fields. No line holds a control character, so that
 //! nothing a server says can look like another line.
 
-use std::fmt::Write as _;
 use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -68,22 +67,20 @@ fn priority(level: Level) -> u8 {
 }
 
 fn text(record: &Record<'_>) -> String {
-    let mut line = String::new();
     let message = record.args().to_string();
-    let _ = write!(line, "{}: {}", record.target(), one_line(&message));
-    let _ = record
-        .key_values()
-        .visit(&mut Fields(|key: &str, value: &Value<'_>| {
-            let value = value.to_string();
-            let plain = !value.is_empty()
-                && value
-                    .chars()
-                    .all(|c| !c.is_whitespace() && !c.is_control() && c != '"' && c != '=');
-            let _ = match plain {
-                true => write!(line, " {key}={value}"),
-                false => write!(line, " {key}={}", serde_json::Value::from(value)),
-            };
-        }));
+    let mut line = format!("{}: {}", record.target(), one_line(&message));
+    each_field(record, |key, value| {
+        let value = value.to_string();
+        let plain = !value.is_empty()
+            && value
+                .chars()
+                .all(|c| !c.is_whitespace() && !c.is_control() && c != '"' && c != '=');
+        let shown = match plain {
+            true => value,
+            false => serde_json::Value::from(value).to_string(),
+        };
+        line.extend([" ", key, "=", shown.as_str()]);
+    });
     line
 }
 
@@ -96,17 +93,24 @@ fn json(time: &str, record: &Record<'_>) -> String {
     );
     object.insert("target".to_owned(), record.target().into());
     object.insert("message".to_owned(), record.args().to_string().into());
-    let _ = record
-        .key_values()
-        .visit(&mut Fields(|key: &str, value: &Value<'_>| {
-            let number = value.to_u64().map(serde_json::Value::from);
-            let number = number.or(value.to_i64().map(serde_json::Value::from));
-            object.insert(
-                key.to_owned(),
-                number.unwrap_or_else(|| value.to_string().into()),
-            );
-        }));
+    each_field(record, |key, value| {
+        let number = value.to_u64().map(serde_json::Value::from);
+        let number = number.or(value.to_i64().map(serde_json::Value::from));
+        object.insert(
+            key.to_owned(),
+            number.unwrap_or_else(|| value.to_string().into()),
+        );
+    });
     serde_json::Value::Object(object).to_string()
+}
+
+/// Calls `show` with each field, and with one that says so where another
+/// crate's fields cannot be read to their end.
+fn each_field(record: &Record<'_>, show: impl FnMut(&str, &Value<'_>)) {
+    let mut fields = Fields(show);
+    if let Err(error) = record.key_values().visit(&mut fields) {
+        (fields.0)("unreadable_fields", &Value::from_display(&error));
+    }
 }
 
 /// Calls its function with each field.
@@ -209,6 +213,31 @@ mod tests {
             line,
             r#"ackonce: a hint: b\u{1b}[31m <3>c consumer="or\nders" code=42P01 empty="""#
         );
+    }
+
+    /// Breaks off after its first field.
+    struct Broken;
+
+    impl log::kv::Source for Broken {
+        fn visit<'kvs>(&'kvs self, visitor: &mut dyn VisitSource<'kvs>) -> Result<(), Error> {
+            visitor.visit_pair(Key::from("code"), Value::from(7))?;
+            Err(Error::msg("out of order"))
+        }
+    }
+
+    #[test]
+    fn a_line_whose_fields_break_off_is_written_and_says_so() {
+        let record = Record::builder()
+            .args(format_args!("a"))
+            .level(Level::Info)
+            .target("other")
+            .key_values(&Broken)
+            .build();
+        let line = text(&record);
+        assert_eq!(line, r#"other: a code=7 unreadable_fields="out of order""#);
+        let read: serde_json::Value = serde_json::from_str(&json("now", &record)).unwrap();
+        assert_eq!(read["code"], 7);
+        assert_eq!(read["unreadable_fields"], "out of order");
     }
 
     #[test]

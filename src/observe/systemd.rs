@@ -2,7 +2,6 @@
 //! are doing, and that they get somewhere. Where `$NOTIFY_SOCKET` is not set,
 //! nothing of this happens.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -19,38 +18,54 @@ const EVERY: Duration = Duration::from_secs(1);
 /// What is asked for, again and again, while the servers are waited for.
 const EXTENSION: Duration = Duration::from_secs(60);
 
+/// How a reload came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reload {
+    /// The new configuration is in force.
+    Done,
+    /// The old one still is.
+    Refused,
+}
+
 /// The way to systemd. Says nothing where nobody listens.
 pub struct Systemd {
     is_listening: bool,
-    /// It was told that the daemon is ready.
-    is_ready: Arc<AtomicBool>,
+    told: Arc<Told>,
+}
+
+/// What the daemon and the thread that informs systemd have told it.
+#[derive(Default)]
+struct Told {
+    /// That the daemon is ready.
+    is_ready: AtomicBool,
+    /// A status other than the usual one.
+    is_unusual: AtomicBool,
+    /// That the last reload was refused.
+    is_refused: AtomicBool,
 }
 
 impl Systemd {
     /// Keeps systemd informed of `health`, on a thread of its own, until `stop`.
     #[must_use]
     pub fn start(health: &Arc<Health>, stop: &Stop) -> Self {
-        let is_ready = Arc::new(AtomicBool::new(false));
+        let told = Arc::new(Told::default());
         let is_listening = config::is_notify_service();
         if is_listening {
-            let (health, stop, is_ready) = (Arc::clone(health), stop.clone(), is_ready.clone());
+            let (health, stop, told) = (Arc::clone(health), stop.clone(), Arc::clone(&told));
             let spawned = std::thread::Builder::new()
                 .name("systemd".to_owned())
-                .spawn(move || inform(&health, &stop, &is_ready));
+                .spawn(move || inform(&health, &stop, &told));
             if let Err(error) = spawned {
                 log::error!("systemd is not told anything: failed to start a thread: {error}");
             }
         }
-        Self {
-            is_listening,
-            is_ready,
-        }
+        Self { is_listening, told }
     }
 
     /// A reload begins. Before the daemon is ready for the first time it is a
     /// part of the start.
     pub fn reloading(&self) {
-        if self.is_ready.load(Ordering::Relaxed) {
+        if self.told.is_ready.load(Ordering::Relaxed) {
             match NotifyState::monotonic_usec_now() {
                 Ok(now) => self.tell(&[NotifyState::Reloading, now]),
                 Err(error) => log::debug!("no time to tell systemd: {error}"),
@@ -58,10 +73,19 @@ impl Systemd {
         }
     }
 
-    /// A reload has come to an end, of whatever kind.
-    pub fn reloaded(&self, outcome: &str) {
-        if self.is_ready.load(Ordering::Relaxed) {
-            self.tell(&[NotifyState::Ready, NotifyState::Status(outcome)]);
+    /// A reload has come to its end. Its status gives way to the usual one, which
+    /// keeps a refusal in mind, within a second.
+    pub fn reloaded(&self, end: Reload) {
+        let status = match end {
+            Reload::Done => "reloaded",
+            Reload::Refused => "reload refused, see the log",
+        };
+        let is_refused = end == Reload::Refused;
+        self.told.is_refused.store(is_refused, Ordering::Relaxed);
+        if self.told.is_ready.load(Ordering::Relaxed) {
+            self.tell(&[NotifyState::Ready, NotifyState::Status(status)]);
+            // Only now: the usual one must not come before it.
+            self.told.is_unusual.store(true, Ordering::Release);
         }
     }
 
@@ -78,25 +102,29 @@ impl Systemd {
     }
 }
 
-fn inform(health: &Health, stop: &Stop, is_ready: &AtomicBool) {
+fn inform(health: &Health, stop: &Stop, told: &Told) {
     let mut last = String::new();
     loop {
+        let is_unusual = told.is_unusual.swap(false, Ordering::Acquire);
         let reports = health.reports();
-        let status = status(&reports);
+        let mut status = status(&reports);
+        if told.is_refused.load(Ordering::Relaxed) {
+            status.push_str("; the last reload was refused, see the log");
+        }
         let mut states = Vec::new();
         if reports.iter().all(Report::is_alive) {
             states.push(NotifyState::Watchdog);
-            if !is_ready.load(Ordering::Relaxed) {
+            if !told.is_ready.load(Ordering::Relaxed) {
                 states.push(extend(EXTENSION));
             }
         }
         if !reports.is_empty()
             && reports.iter().all(Report::is_ready)
-            && !is_ready.swap(true, Ordering::Relaxed)
+            && !told.is_ready.swap(true, Ordering::Relaxed)
         {
             states.push(NotifyState::Ready);
         }
-        if status != last {
+        if is_unusual || status != last {
             states.push(NotifyState::Status(&status));
         }
         tell(&states);
@@ -128,10 +156,10 @@ fn status(reports: &[Report]) -> String {
     let ready = reports.iter().filter(|report| report.is_ready()).count();
     let mut line = format!("{ready} of {} consumers consume", reports.len());
     if in_flight > 0 {
-        let _ = write!(line, ", deliveries in flight: {in_flight}");
+        line += &format!(", deliveries in flight: {in_flight}");
     }
     for report in reports.iter().filter(|report| !report.is_ready()) {
-        let _ = write!(line, "; {report}");
+        line += &format!("; {report}");
     }
     line
 }

@@ -14,24 +14,21 @@ use crate::config::{defaults, duration, files, keys, servers, tls, urls};
 use crate::failure::HTTP;
 
 /// What it knows.
-pub(super) const KEYS: &[&str] = &[
-    "method",
-    "url",
-    "url_file",
-    "ca_file",
-    "client_cert_file",
-    "client_key_file",
-    "content_type",
-    "headers",
-    "headers_file",
-    "forward_headers",
-    "key_header",
-    "key_format",
-    "signing_secrets",
-    "signing_secrets_file",
-    "connect_timeout",
-    "timeout",
-];
+pub(super) const KEYS: &[&str] = keys::of_a_link!(
+    ["method"],
+    [
+        "content_type",
+        "headers",
+        "headers_file",
+        "forward_headers",
+        "key_header",
+        "key_format",
+        "signing_secrets",
+        "signing_secrets_file",
+        "connect_timeout",
+        "timeout",
+    ]
+);
 
 /// Names that the request itself needs, or that speak of one connection.
 const RESERVED: [&str; 20] = [
