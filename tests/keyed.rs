@@ -522,3 +522,29 @@ fn what_comes_back_together_is_completed_together() {
     assert!(transactions < 1_500, "{transactions} for 3,000 messages");
     assert_eq!(stage.claims(), 0);
 }
+
+#[test]
+fn what_a_message_costs_the_ledger_does_not_grow_with_those_before_it() {
+    const MESSAGES: usize = 2_000;
+    let stage = Stage::new();
+    let world = &stage.world;
+    let consumer = stage.consumer().set("handler.argv", vec!["/bin/true"]);
+    let config = stage.with(consumer.set("workers", 16));
+    world.prepare(&config);
+    // Rows that are gone stay in the way, and the planner is never told.
+    for table in ["claim", "ledger"] {
+        let sql = format!("alter table ackonce.{table} set (autovacuum_enabled = false)");
+        world.db.execute(&sql);
+    }
+    world.broker.send(ORDERS, numbered("m", MESSAGES));
+    world.drain(&config, ORDERS);
+    assert_eq!(world.db.ledger(ORDERS).len(), MESSAGES);
+    // Sessions leave their counts when they end.
+    let read = "select sum(idx_tup_read)::int8 from pg_stat_user_indexes \
+                where indexrelname in ('claim_pkey', 'ledger_pkey')";
+    eventually("the sessions have counted", || {
+        world.db.count(read) >= MESSAGES as i64
+    });
+    let read = world.db.count(read);
+    assert!(read <= 10 * MESSAGES as i64, "{read} index entries read");
+}

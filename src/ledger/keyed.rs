@@ -176,8 +176,10 @@ impl Ledger {
             let consumer_id = registration.consumer_id;
             session.run(async |connection| {
                 let rows = sqlx::query_scalar(
-                    "SELECT message_id FROM ackonce.claim WHERE consumer_id = $1 \
-                     AND message_id = ANY ($2) AND lease_until > clock_timestamp()",
+                    "SELECT wanted.message_id FROM unnest($2::text[]) AS wanted (message_id) \
+                     CROSS JOIN LATERAL (SELECT FROM ackonce.claim WHERE consumer_id = $1 \
+                     AND message_id = wanted.message_id AND lease_until > clock_timestamp() \
+                     LIMIT 1) AS held",
                 );
                 let rows = rows.bind(consumer_id).bind(ids);
                 Ok(rows.fetch_all(connection).await?.into_iter().collect())
@@ -214,58 +216,75 @@ async fn claim(
     Ok(rows.fetch_all(connection).await?.into_iter().collect())
 }
 
-/// The claims among `$2` and `$3` that are still their owner's, locked in the
-/// order of their ids. One that is being renewed or taken over is waited for,
-/// and its owner compared again. The ids are named once more for the index:
-/// joined alone, it would be read from end to end. The literal says what to do
-/// about a row that is locked, in place of waiting.
-macro_rules! ours {
+/// The ids of `$2`, each with its owner of `$3`, in the order in which their rows
+/// are to be locked.
+macro_rules! held {
     () => {
-        ours!("")
+        "(SELECT $1::int2 AS consumer_id, message_id, owner \
+         FROM unnest($2::text[], $3::int8[]) AS given (message_id, owner) \
+         ORDER BY message_id COLLATE \"C\") AS held"
     };
-    ($or_else:literal) => {
+}
+
+/// One look into the index for each id. The table is empty at one moment and
+/// full of dead rows at the next, and a plan for the first would read all of the
+/// second: `= ANY` leaves the planner neither a range of the index nor another
+/// way to join.
+macro_rules! one_by_one {
+    ($given:literal) => {
         concat!(
-            "WITH ours AS MATERIALIZED (SELECT claim.message_id FROM ackonce.claim \
-         JOIN unnest($2::text[], $3::int8[]) AS held (message_id, owner) \
-         ON claim.message_id = held.message_id AND claim.owner = held.owner \
-         WHERE claim.consumer_id = $1 AND claim.message_id = ANY ($2) \
-         ORDER BY claim.message_id FOR UPDATE OF claim",
-            $or_else,
-            ") "
+            "claim.consumer_id = ANY (ARRAY[",
+            $given,
+            ".consumer_id]) AND claim.message_id = ANY (ARRAY[",
+            $given,
+            ".message_id])"
+        )
+    };
+}
+
+/// Deletes the claims that are still their owner's. One that is being renewed or
+/// taken over is waited for, and its owner compared again.
+macro_rules! delete {
+    () => {
+        concat!(
+            "DELETE FROM ackonce.claim USING ",
+            held!(),
+            " WHERE ",
+            one_by_one!("held"),
+            " AND claim.owner = held.owner RETURNING claim.message_id"
         )
     };
 }
 
 const COMPLETE: &str = concat!(
-    ours!(),
-    ", gone AS (DELETE FROM ackonce.claim USING ours WHERE claim.consumer_id = $1 \
-     AND claim.message_id = ANY ($2) AND claim.message_id = ours.message_id \
-     RETURNING claim.message_id, claim.fingerprint) \
+    "WITH gone AS (",
+    delete!(),
+    ", claim.fingerprint) \
      INSERT INTO ackonce.ledger (consumer_id, message_id, fingerprint) \
      SELECT $1, message_id, fingerprint FROM gone ORDER BY message_id \
      ON CONFLICT DO NOTHING RETURNING message_id"
 );
 
-const SURRENDER: &str = concat!(
-    ours!(),
-    "DELETE FROM ackonce.claim USING ours WHERE claim.consumer_id = $1 \
-     AND claim.message_id = ANY ($2) AND claim.message_id = ours.message_id \
-     RETURNING claim.message_id"
-);
+const SURRENDER: &str = delete!();
 
 /// A row that somebody holds locked must not keep the others from being renewed.
 const RENEW: &str = concat!(
-    ours!(" SKIP LOCKED"),
-    "UPDATE ackonce.claim SET lease_until = clock_timestamp() + make_interval(secs => $4) \
-     FROM ours WHERE claim.consumer_id = $1 AND claim.message_id = ANY ($2) \
-     AND claim.message_id = ours.message_id \
-     RETURNING claim.message_id"
+    "WITH ours AS MATERIALIZED (SELECT held.consumer_id, held.message_id FROM ",
+    held!(),
+    " CROSS JOIN LATERAL (SELECT FROM ackonce.claim WHERE consumer_id = held.consumer_id \
+     AND message_id = held.message_id AND owner = held.owner FOR UPDATE SKIP LOCKED) AS locked) \
+     UPDATE ackonce.claim SET lease_until = clock_timestamp() + make_interval(secs => $4) \
+     FROM ours WHERE ",
+    one_by_one!("ours"),
+    " RETURNING claim.message_id"
 );
 
-const STILL_OURS: &str = "SELECT claim.message_id FROM ackonce.claim \
-     JOIN unnest($2::text[], $3::int8[]) AS held (message_id, owner) \
-     ON claim.message_id = held.message_id AND claim.owner = held.owner \
-     WHERE claim.consumer_id = $1 AND claim.message_id = ANY ($2)";
+const STILL_OURS: &str = concat!(
+    "SELECT held.message_id FROM ",
+    held!(),
+    " CROSS JOIN LATERAL (SELECT FROM ackonce.claim WHERE consumer_id = held.consumer_id \
+     AND message_id = held.message_id AND owner = held.owner LIMIT 1) AS still_ours"
+);
 
 type Scalar<'q> = sqlx::query::QueryScalar<'q, sqlx::Postgres, String, sqlx::postgres::PgArguments>;
 

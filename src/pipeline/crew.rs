@@ -180,7 +180,7 @@ fn panicked(id: &MessageId) -> Failure {
     }
 }
 
-/// How long a call takes, as far as that is known: rises at once, falls
+/// How long something takes, as far as that is known: rises at once, falls
 /// slowly.
 #[derive(Debug, Default)]
 pub(super) struct Pace(Option<Duration>);
@@ -192,6 +192,11 @@ impl Pace {
             Some(pace) if duration > pace => (pace + duration) / 2,
             Some(pace) => (pace * 7 + duration) / 8,
         });
+    }
+
+    /// `None` as long as nothing is known.
+    pub(super) fn average(&self) -> Option<Duration> {
+        self.0
     }
 
     /// How many calls `size` threads make in `time`; 0 as long as nothing is

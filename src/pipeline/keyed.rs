@@ -70,7 +70,10 @@ pub struct Foreman {
     worker: Worker,
     crew: Crew,
     leases: Leases,
+    /// How long a call takes.
     pace: Pace,
+    /// How long completing and claiming takes, together.
+    round: Pace,
     /// How many messages are with the crew.
     out: usize,
     /// Their claims in Redis.
@@ -120,6 +123,7 @@ impl Foreman {
             crew,
             leases,
             pace: Pace::default(),
+            round: Pace::default(),
             out: 0,
             out_tokens: HashMap::new(),
             unclaimed: Vec::new(),
@@ -138,6 +142,7 @@ impl Foreman {
     pub fn run(mut self) {
         loop {
             let first = self.wait();
+            let begun = Instant::now();
             self.collect();
             self.complete();
             self.conclude();
@@ -166,6 +171,7 @@ impl Foreman {
             self.try_alone();
             self.worker.tell();
             self.finish_tokens();
+            self.round.saw(begun.elapsed());
         }
         for item in std::mem::take(&mut self.called) {
             log::warn!(
@@ -220,11 +226,14 @@ impl Foreman {
     }
 
     /// A transaction costs about as much for one message as for ten: while the
-    /// crew has enough to do, what it has done may gather for a moment.
+    /// crew has enough to do until it gets more, what it has done may gather for
+    /// a moment.
     fn let_them_gather(&self) {
         let enough = self.worker.shared.consumer.batch_max / 2;
+        let round = self.round.average().unwrap_or_default();
+        let needed = self.crew.size + self.pace.calls_in(round, self.crew.size);
         for _ in 0..GROWING_MAX {
-            let busy = self.crew.uncalled.len() > self.crew.size;
+            let busy = self.crew.uncalled.len() > needed;
             if !busy || self.crew.answers.len() >= enough || self.worker.shared.stop.is_set() {
                 return;
             }
