@@ -241,6 +241,36 @@ fn no_password_and_no_body_shows_where_everything_works() {
     stage.silent("the log", &log.join("\n"));
 }
 
+#[test]
+fn a_value_of_a_body_that_postgresql_quotes_is_in_the_journal_alone() {
+    let stage = Guarded::new();
+    let world = &stage.world;
+    let orders = Consumer::orders().sql(
+        "insert into effect (message_id, amount) \
+         select message_id, (body->>'amount')::int from message",
+    );
+    let config = stage.config(&stage.canaries.password).consumer(orders);
+    let mut daemon = stage.daemon(&config);
+    daemon.wait_until_consuming();
+    let amount = json!({ "amount": stage.canaries.body });
+    world
+        .broker
+        .send(ORDERS, ["a", "b"].map(|id| Msg::new(id).json(&amount)));
+    eventually("both are dead", || world.broker.ready("orders.dead") == 2);
+    for path in ["/metrics", "/status"] {
+        stage.silent(path, &admin(&daemon, path));
+    }
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait();
+    stage.silent("the log", &daemon.log().join("\n"));
+    // Whoever mends it has to know.
+    let quoting = format!(
+        "select count(*) from ackonce.failure where error like '%{}%'",
+        stage.canaries.body
+    );
+    assert_eq!(world.db.count(&quoting), 2);
+}
+
 /// Each server by itself, with a URL that does not lead to it.
 fn away(stage: &Guarded, wrong: &str) -> Vec<(String, Config)> {
     let (amqp, redis) = (stage.world.amqp_url(), stage.redis.url());
