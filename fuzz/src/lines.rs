@@ -41,7 +41,7 @@ fn is_fit_to_show(text: &str, most: usize) {
 pub fn letters(data: &[u8]) {
     let entry = match Entry::read(data) {
         Ok(entry) => entry,
-        Err(problem) => return is_fit_to_show(&problem, data.len() + PROBLEM_CHARS),
+        Err(problem) => return is_fit_to_show(&problem, PROBLEM_CHARS),
     };
     for identity in [
         Identity::MessageId,

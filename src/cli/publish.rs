@@ -25,6 +25,7 @@ use super::{ConfigArgument, Exit, desk};
 use crate::broker::outgoing::BODY_MAX_BYTES;
 use crate::broker::publisher::{Fate, Limits, Outgoing, PublishError, Publisher, Seq};
 use crate::config::checked::Broker;
+use crate::dead_letter::file::brief;
 use crate::stop::Stop;
 
 /// Longest line, in bytes: the longest body as base64, and room for the rest.
@@ -263,6 +264,10 @@ fn present<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Box<RawValue>>, 
 }
 
 fn parse(text: &[u8], arguments: &MessageArguments) -> Result<Outgoing, String> {
+    read(text, arguments).map_err(|problem| brief(&problem))
+}
+
+fn read(text: &[u8], arguments: &MessageArguments) -> Result<Outgoing, String> {
     let line: Line = serde_json::from_slice(text).map_err(|error| match error.classify() {
         serde_json::error::Category::Eof if text.trim_ascii().is_empty() => {
             "it is empty; every line must be a JSON object".to_owned()
@@ -562,6 +567,10 @@ mod tests {
             ),
             (r#"{"body_base64": "?"}"#, "not base64"),
             (r#"{"body": 1, "bodi": 2}"#, "unknown field `bodi`"),
+            (
+                r#"{"body": 1, "\u001b[2J": 2}"#,
+                "unknown field `\\u{1b}[2J`",
+            ),
             (r#"{"body": 1, "body": 2}"#, "duplicate field"),
             (r#"{"body": 1, "message_id": 5}"#, "expected a string"),
             (r#"{"body": 1, "timestamp": -5}"#, "invalid value"),

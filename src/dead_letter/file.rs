@@ -10,6 +10,12 @@ use crate::broker::properties::{Field, Properties};
 use crate::config::checked::{Consumer, Identity};
 use crate::identity;
 use crate::message::{EXCHANGE_HEADER, Fingerprint, Message, MessageId, ROUTING_KEY_HEADER, hex};
+use crate::why::printable;
+
+/// How much of what is said of a line is shown, in characters: its beginning
+/// says what is wrong, its end where.
+const PROBLEM_START: usize = 700;
+const PROBLEM_END: usize = 200;
 
 /// `letter` of `consumer` as one line of JSON, with its end.
 #[must_use]
@@ -36,6 +42,20 @@ pub fn line(letter: &Letter, consumer: &Consumer) -> String {
     };
     line[name] = Value::String(body);
     format!("{line}\n")
+}
+
+/// `problem` with a line of a file, which may quote all of the line, on one line
+/// of bounded length and without characters that act on a terminal.
+#[must_use]
+pub fn brief(problem: &str) -> String {
+    let shown = printable(problem);
+    let count = shown.chars().count();
+    if count <= PROBLEM_START + PROBLEM_END {
+        return shown;
+    }
+    let start: String = shown.chars().take(PROBLEM_START).collect();
+    let end: String = shown.chars().skip(count - PROBLEM_END).collect();
+    format!("{start}…{end}")
 }
 
 /// A letter out of a file.
@@ -68,8 +88,12 @@ impl Entry {
     ///
     /// # Errors
     ///
-    /// What is wrong with it, and the way out.
+    /// What is wrong with it, and the way out: as [`brief`] makes it.
     pub fn read(line: &[u8]) -> Result<Self, String> {
+        Self::parse(line).map_err(|problem| brief(&problem))
+    }
+
+    fn parse(line: &[u8]) -> Result<Self, String> {
         if line.trim_ascii().is_empty() {
             return Err("it is empty; every line must be a letter".to_owned());
         }
@@ -178,5 +202,15 @@ mod tests {
             let error = Entry::read(text.as_bytes()).expect_err(text);
             assert!(error.contains(reason), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn what_is_said_of_a_line_does_not_repeat_all_of_it() {
+        let line = format!("\"{}\"", "\u{7f}\u{202e}x".repeat(10_000));
+        let error = Entry::read(line.as_bytes()).unwrap_err();
+        assert!(error.starts_with("invalid type: string"), "{error}");
+        assert!(error.contains("struct Line at column"), "{error}");
+        assert!(error.chars().count() < 1_000, "{error}");
+        assert!(!error.contains(['\u{7f}', '\u{202e}']), "{error}");
     }
 }
