@@ -68,8 +68,9 @@ fn a_thousand(queue_type: &str, dead_letters: &str) {
     assert_eq!(report["replayed"], 1_000, "{report}");
     assert_eq!(first.json().len(), 1_001, "a line for each and the summary");
     world.wait_for_effects(1_000);
-    let again = replay(&world, &config, &["--yes", "--json"]).expect(0);
-    assert_eq!(summary(&again)["depth"], 0, "nothing is left to do");
+    // A quorum queue may show again what was acknowledged last: that is only
+    // acknowledged once more.
+    replay_to_the_end(&world, &config, 1_000);
     daemon.stop();
     assert!(world.broker.is_empty(ORDERS) && world.broker.is_empty(ORDERS_DEAD));
     world.assert_each_applied_once(&numbered_ids("m", 1_000));
