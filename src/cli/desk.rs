@@ -2,6 +2,7 @@
 //! desk, and what to say when it goes wrong.
 
 use clap::Args;
+use serde_json::{Value, json};
 
 use super::migrate::{open_current, report};
 use super::terminal::Progress;
@@ -136,6 +137,25 @@ impl Seen {
         self.meant += u64::from(meant);
         self.timeless += u64::from(filter.asks_for_time() && letter.died_at().is_none());
         meant
+    }
+
+    /// The last line of JSON, with `more` beside what every look found.
+    pub(super) fn summary<const N: usize>(
+        &self,
+        consumer: &Consumer,
+        more: [(&str, Value); N],
+    ) -> Value {
+        let mut summary = json!({
+            "consumer": consumer.name,
+            "queue": consumer.topology.dead_letter_queue,
+            "depth": self.depth,
+            "read": self.read,
+            "meant": self.meant,
+        });
+        for (member, value) in more {
+            summary[member] = value;
+        }
+        json!({ "summary": summary })
     }
 
     /// Warns of what was left out.

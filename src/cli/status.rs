@@ -1,7 +1,6 @@
 //! `ackonce status`: what a running daemon is doing.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -262,9 +261,9 @@ fn rate(consumer: &Consumer, last: &Status, passed: Duration) -> String {
 fn explain(consumer: &Consumer, text: &mut String) {
     let name = printable(&consumer.report.consumer);
     for why in consumer.report.cause.iter().chain(&consumer.report.stalled) {
-        let _ = writeln!(text, "{name}: {}", printable(why));
+        *text += &format!("{name}: {}\n", printable(why));
     }
     for (server, _) in consumer.servers.iter().filter(|(_, up)| !**up) {
-        let _ = writeln!(text, "{name}: no good news of {}", printable(server));
+        *text += &format!("{name}: no good news of {}\n", printable(server));
     }
 }

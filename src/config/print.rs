@@ -1,7 +1,6 @@
 //! A checked configuration as TOML text that [`super::parse`] reads back as
 //! the same. Every key is written, also those at their default.
 
-use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -244,8 +243,7 @@ impl Writer {
     }
 
     fn plain(&mut self, key: &str, value: impl std::fmt::Display) {
-        // Writing to a String cannot fail.
-        let _ = writeln!(self.text, "{key} = {value}");
+        self.text += &format!("{key} = {value}\n");
     }
 
     fn string(&mut self, key: &str, value: &str) {
@@ -314,7 +312,7 @@ fn quoted(text: &str) -> String {
             '\t' => out.push_str("\\t"),
             '\r' => out.push_str("\\r"),
             control if control.is_control() => {
-                let _ = write!(out, "\\u{:04X}", u32::from(control));
+                out += &format!("\\u{:04X}", u32::from(control));
             }
             other => out.push(other),
         }

@@ -194,9 +194,9 @@ impl Pace {
         });
     }
 
-    /// `None` as long as nothing is known.
-    pub(super) fn average(&self) -> Option<Duration> {
-        self.0
+    /// Zero as long as nothing is known.
+    pub(super) fn average(&self) -> Duration {
+        self.0.unwrap_or_default()
     }
 
     /// How many calls `size` threads make in `time`; 0 as long as nothing is

@@ -230,8 +230,8 @@ impl Foreman {
     /// a moment.
     fn let_them_gather(&self) {
         let enough = self.worker.shared.consumer.batch_max / 2;
-        let round = self.round.average().unwrap_or_default();
-        let needed = self.crew.size + self.pace.calls_in(round, self.crew.size);
+        let meanwhile = self.pace.calls_in(self.round.average(), self.crew.size);
+        let needed = self.crew.size + meanwhile;
         for _ in 0..GROWING_MAX {
             let busy = self.crew.uncalled.len() > needed;
             if !busy || self.crew.answers.len() >= enough || self.worker.shared.stop.is_set() {

@@ -284,16 +284,11 @@ fn print_line(letter: &Letter, member: &str, what: &str) {
 }
 
 fn print_summary(consumer: &Consumer, arguments: &Arguments, seen: &Seen, dropped: u64) {
-    let summary = json!({ "summary": {
-        "consumer": consumer.name,
-        "queue": consumer.topology.dead_letter_queue,
-        "depth": seen.depth,
-        "read": seen.read,
-        "meant": seen.meant,
-        "dropped": dropped,
-        "file": arguments.file(),
-    }});
-    output(&format!("{summary}\n"));
+    let more = [
+        ("dropped", json!(dropped)),
+        ("file", json!(arguments.file())),
+    ];
+    output(&format!("{}\n", seen.summary(consumer, more)));
 }
 
 #[cfg(test)]

@@ -204,15 +204,8 @@ fn print_groups(by: By, tally: Tally, json: bool, limit: u64) -> u64 {
 }
 
 fn print_summary(consumer: &Consumer, seen: &Seen, printed: u64) {
-    let summary = json!({ "summary": {
-        "consumer": consumer.name,
-        "queue": consumer.topology.dead_letter_queue,
-        "depth": seen.depth,
-        "read": seen.read,
-        "meant": seen.meant,
-        "printed": printed,
-    }});
-    output(&format!("{summary}\n"));
+    let more = [("printed", json!(printed))];
+    output(&format!("{}\n", seen.summary(consumer, more)));
 }
 
 fn say_summary(consumer: &Consumer, seen: &Seen, printed: u64, grouped: bool) {

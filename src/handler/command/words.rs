@@ -2,7 +2,6 @@
 //! its lines in the log. Nothing here trusts it to be short, or text.
 
 use std::collections::VecDeque;
-use std::fmt::Write as _;
 use std::time::Instant;
 
 /// Bytes of standard error that are kept: the last ones.
@@ -82,10 +81,10 @@ pub(super) fn harmless(bytes: &[u8]) -> String {
             '\t' => out.push(' '),
             // These reorder or hide what stands around them.
             '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-                let _ = write!(out, "{}", character.escape_unicode());
+                out.extend(character.escape_unicode());
             }
             control if control.is_control() => {
-                let _ = write!(out, "{}", control.escape_default());
+                out.extend(control.escape_default());
             }
             other => out.push(other),
         }
