@@ -35,7 +35,7 @@
 //!
 //! Imports run downward only. [`config`] alone reads files and the
 //! environment; [`broker`] alone names AMQP types; [`claim`] alone knows Redis;
-//! `main.rs` alone ends the process. `tests/house.rs` holds all of this.
+//! `main.rs` alone ends the process. `tests/it/house.rs` holds all of this.
 
 pub mod worker;
 

@@ -1,6 +1,6 @@
 //! What is done with bytes from outside, and what must hold whatever they are:
 //! a check for each of them, which panics where it does not. libFuzzer drives
-//! them from `fuzz_targets`, and `tests/fuzz_seeds.rs` with what is known.
+//! them from `fuzz_targets`, and `tests/it/fuzz_seeds.rs` with what is known.
 #![allow(
     clippy::expect_used,
     clippy::panic,

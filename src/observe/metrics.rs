@@ -211,7 +211,7 @@ impl Metrics {
     ///
     /// # Errors
     ///
-    /// Never: names are literals, and `tests/metrics.rs` reads them all.
+    /// Never: names are literals, and `tests/it/metrics.rs` reads them all.
     pub fn new() -> Result<Self, Error> {
         let registry = Registry::new();
         let families = Families(&registry);
