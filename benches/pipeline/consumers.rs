@@ -1,7 +1,8 @@
-//! The consumers that the daemon is measured against: the bare client, and
-//! the usual way of claim, transaction and ack for each message.
+//! The consumers that the daemon is measured against: the bare client, the
+//! usual way of claim, transaction and ack for each message, and the floor.
 
 mod bare;
+mod floor;
 mod reference;
 
 use std::ffi::OsString;
@@ -25,6 +26,7 @@ const QUIET: Duration = Duration::from_millis(200);
 enum Name {
     BareOneByOne,
     BareCoalesced,
+    Floor,
     Reference,
     ReferenceFused,
 }
@@ -62,6 +64,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     match arguments.name {
         Name::BareOneByOne => bare::run(arguments, &stop, 1),
         Name::BareCoalesced => bare::run(arguments, &stop, 256),
+        Name::Floor => floor::run(arguments, &stop),
         Name::Reference => reference::run(arguments, &stop, false),
         Name::ReferenceFused => reference::run(arguments, &stop, true),
     }

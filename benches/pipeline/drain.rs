@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::database::Database;
 use crate::messages::Load;
-use crate::stage::{PATIENCE, QueueType, Stage};
+use crate::stage::{PATIENCE, Stage};
 use crate::subject::{self, Kind, Settings, Subject};
 
 /// Between two looks at the queue.
@@ -49,7 +49,7 @@ pub fn drain(
     settings: &Settings,
     load: &Load,
 ) -> Result<Drain> {
-    let effects = database.number("SELECT count(*) FROM effect")?;
+    let effects = database.number(settings.script.applied)?;
     ensure!(
         effects == 0,
         "{effects} effects are there before {kind} ran"
@@ -60,21 +60,16 @@ pub fn drain(
     match kind {
         // A call that waits for its receiver uses no processor either.
         Kind::Caller { .. } => {
-            await_rows(database, &mut subject, "ackonce.ledger", load.distinct())?;
+            let rows = "SELECT count(*) FROM ackonce.ledger";
+            await_count(database, &mut subject, rows, load.distinct())?;
         }
         _ if kind.has_effects() => {
-            await_rows(database, &mut subject, "effect", load.distinct())?;
+            let applied = settings.script.applied;
+            await_count(database, &mut subject, applied, load.distinct())?;
         }
         _ => {}
     }
-    finish(
-        stage,
-        database,
-        subject,
-        settings.queue_type,
-        kind,
-        load.distinct(),
-    )?;
+    finish(stage, database, subject, settings, load.distinct())?;
     stretch(&samples, load.len()).with_context(|| format!("failed to measure {kind}"))
 }
 
@@ -84,18 +79,18 @@ pub fn finish(
     stage: &mut Stage,
     database: &mut Database,
     mut subject: Subject,
-    queue_type: QueueType,
-    kind: &Kind,
+    settings: &Settings,
     distinct: usize,
 ) -> Result<()> {
+    let kind = subject.kind();
     subject.await_idle()?;
     subject.stop()?;
     stage
-        .await_drained(queue_type)
+        .await_drained(settings.queue_type)
         .with_context(|| format!("{kind} left messages behind"))?;
     if kind.has_effects() {
-        let effects = database.number("SELECT count(*) FROM effect")?;
-        let ids = database.number("SELECT count(DISTINCT message_id) FROM effect")?;
+        let effects = database.number(settings.script.applied)?;
+        let ids = database.number("SELECT count(*) FROM ackonce.ledger")?;
         let wanted = i64::try_from(distinct)?;
         ensure!(
             effects == wanted && ids == wanted,
@@ -141,24 +136,24 @@ fn watch(
     }
 }
 
-/// Waits until `table` holds `count` rows.
-pub fn await_rows(
+/// Waits until the one number of `query` is `count`.
+pub fn await_count(
     database: &mut Database,
     subject: &mut Subject,
-    table: &str,
+    query: &str,
     count: usize,
 ) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let count = i64::try_from(count)?;
     loop {
-        let rows = database.number(&format!("SELECT count(*) FROM {table}"))?;
+        let rows = database.number(query)?;
         if rows >= count {
             return Ok(());
         }
         subject.ensure_alive()?;
         ensure!(
             Instant::now() < deadline,
-            "{rows} rows of {table} after {PATIENCE:?} where {count} are due\n{}",
+            "{query} says {rows} after {PATIENCE:?} where {count} are due\n{}",
             subject.log()
         );
         std::thread::sleep(Duration::from_millis(5));

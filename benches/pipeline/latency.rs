@@ -93,21 +93,19 @@ impl Run {
         let mut subject = stage.start(&self.kind, &settings)?;
         let warm_up = Load::new(WARM_UP)?;
         warm_up.publish_paced(&amqp, &settings.queue, WARM_UP_PER_SECOND)?;
-        drain::await_rows(database, &mut subject, "effect", warm_up.distinct())?;
+        drain::await_count(
+            database,
+            &mut subject,
+            settings.script.applied,
+            warm_up.distinct(),
+        )?;
         let (due, lateness) = self
             .load
             .publish_paced(&amqp, &settings.queue, self.per_second)?;
         let distinct = warm_up.distinct() + self.load.distinct();
-        drain::await_rows(database, &mut subject, "effect", distinct)?;
+        drain::await_count(database, &mut subject, settings.script.applied, distinct)?;
         // Its stop sends the last acks, and the tap has seen them by then.
-        drain::finish(
-            stage,
-            database,
-            subject,
-            settings.queue_type,
-            &self.kind,
-            distinct,
-        )?;
+        drain::finish(stage, database, subject, &settings, distinct)?;
         let acks = tap.acks()?;
         let mut latencies = (0..self.load.len())
             .map(|place| {

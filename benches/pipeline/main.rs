@@ -6,6 +6,7 @@ mod amqp;
 mod consumers;
 mod database;
 mod drain;
+mod far;
 mod growth;
 mod http;
 mod latency;
@@ -13,6 +14,7 @@ mod memory;
 mod messages;
 mod poison;
 mod report;
+mod scripts;
 mod stage;
 mod stats;
 mod subject;
@@ -73,6 +75,7 @@ enum Part {
     Memory,
     Pruning,
     Poison,
+    Scripts,
     Http,
 }
 
@@ -162,6 +165,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
             Part::Memory => memory::run(stage, &plan, report),
             Part::Pruning => growth::pruning(stage, &plan, report),
             Part::Poison => poison::run(stage, &plan, report),
+            Part::Scripts => scripts::run(stage, &plan, report),
             Part::Http => http::run(stage, &plan, report),
         };
         // What the others measured is worth having all the same.

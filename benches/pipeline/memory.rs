@@ -110,12 +110,12 @@ fn held(
     subject.await_idle()?;
     let now = subject.memory("VmRSS")?;
     holder.execute("COMMIT")?;
-    drain::await_rows(database, &mut subject, "effect", load.distinct())?;
+    let applied = settings.script.applied;
+    drain::await_count(database, &mut subject, applied, load.distinct())?;
     subject.await_idle()?;
     let peak = subject.memory("VmHWM")?;
     let after = subject.memory("VmRSS")?;
-    let queue_type = settings.queue_type;
-    drain::finish(stage, database, subject, queue_type, &KIND, load.distinct())?;
+    drain::finish(stage, database, subject, settings, load.distinct())?;
     Ok([now, peak, after])
 }
 

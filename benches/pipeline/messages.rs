@@ -104,10 +104,12 @@ impl Load {
         self.ids.len() - self.doomed
     }
 
-    /// The id of the message in the middle, which is not to take effect.
-    pub fn doom_one(&mut self) -> &str {
-        self.doomed = 1;
-        self.id(self.len() / 2)
+    /// The ids of the messages in the middle of each `one_in`, which are not to
+    /// take effect.
+    pub fn doom_each(&mut self, one_in: usize) -> Vec<&str> {
+        let places = (one_in / 2..self.len()).step_by(one_in);
+        self.doomed = places.clone().count();
+        places.map(|place| self.id(place)).collect()
     }
 
     /// The id of the message in this place.

@@ -88,6 +88,14 @@ impl Report {
                 &format!("throughput/{queue}/{to}/0%"),
             )
         };
+        let cpu = |queue: &str| {
+            self.ratio(
+                &format!("cpu-of-the-machine/{queue}/daemon-4w/0%"),
+                &format!("cpu-of-the-machine/{queue}/floor/0%"),
+            )
+        };
+        let script =
+            |name: &str, to: &str| self.ratio(&format!("scripts/{name}"), &format!("scripts/{to}"));
         let p99 = |queue: &str| self.median(&format!("latency/{queue}/daemon-4w/1000/p99"));
         let p99_ratio = |queue: &str| {
             self.ratio(
@@ -107,10 +115,35 @@ impl Report {
                 throughput("classic", "bare-one-by-one"),
                 0.9,
             ),
+            at_least("of the floor, classic", throughput("classic", "floor"), 0.9),
+            at_least("of the floor, quorum", throughput("quorum", "floor"), 0.9),
+            at_most("cpu to the floor's, classic", cpu("classic"), 1.2),
+            at_most("cpu to the floor's, quorum", cpu("quorum"), 1.2),
             at_least(
-                "of none, with one poison message",
-                self.ratio("poison/one", "poison/none"),
-                0.9,
+                "4 workers to 1, classic",
+                throughput("classic", "daemon-1w"),
+                1.0,
+            ),
+            at_least(
+                "4 workers to 1, quorum",
+                throughput("quorum", "daemon-1w"),
+                1.0,
+            ),
+            at_least(
+                "of none, one poison in 10,000",
+                self.ratio("poison/one-in-10000", "poison/none"),
+                0.95,
+            ),
+            at_least("counter to INSERT", script("counter", "insert"), 0.5),
+            at_least(
+                "INSERT with 1 ms to PostgreSQL",
+                script("insert-1ms", "insert"),
+                0.8,
+            ),
+            at_least(
+                "upserts of one key to distinct",
+                script("upsert-one-key", "upsert-distinct"),
+                0.67,
             ),
             at_least(
                 "of the ceiling, quorum",

@@ -14,7 +14,7 @@ use url::Url;
 use crate::amqp;
 use crate::database::Database;
 use crate::messages::Random;
-use crate::subject::{Kind, Settings, Subject};
+use crate::subject::{Kind, Script, Settings, Subject};
 
 /// Name of the consumer in ledger and configuration.
 pub const CONSUMER: &str = "bench";
@@ -144,6 +144,7 @@ impl Stage {
             queue_type,
             key_prefix: format!("{}-{}", self.name, self.runs),
             prefetch: crate::subject::PREFETCH,
+            script: Script::INSERT,
             extra: Vec::new(),
         }
     }

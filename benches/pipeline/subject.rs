@@ -36,6 +36,9 @@ pub enum Kind {
     /// amiquip consuming and acking, nothing else; `coalesced` with one ack
     /// for all that was waiting.
     Bare { coalesced: bool },
+    /// The daemon's claims, rows and effects in batches by one thread, without
+    /// any safety.
+    Floor,
     /// Claim, transaction and ack for each message by itself; `fused` with the
     /// effect and the ledger row in one statement, which only works where the
     /// effect is a single statement that can be rewritten for it.
@@ -50,7 +53,7 @@ impl Kind {
     /// Consumers that it has on its queue.
     pub fn consumers(&self) -> u32 {
         match self {
-            Self::Bare { .. } | Self::Daemon { .. } | Self::Caller { .. } => 1,
+            Self::Bare { .. } | Self::Floor | Self::Daemon { .. } | Self::Caller { .. } => 1,
             Self::Reference { .. } => u32::from(REFERENCE_THREADS),
         }
     }
@@ -66,6 +69,7 @@ impl fmt::Display for Kind {
         match self {
             Self::Bare { coalesced: false } => f.write_str("bare-one-by-one"),
             Self::Bare { coalesced: true } => f.write_str("bare-coalesced"),
+            Self::Floor => f.write_str("floor"),
             Self::Reference { fused: false } => f.write_str("reference"),
             Self::Reference { fused: true } => f.write_str("reference-fused"),
             Self::Daemon { workers } => write!(f, "daemon-{workers}w"),
@@ -84,8 +88,27 @@ pub struct Settings {
     pub queue_type: QueueType,
     pub key_prefix: String,
     pub prefetch: u16,
+    /// What the daemon's handler does, and how to see that it did.
+    pub script: Script,
     /// More of the daemon's configuration, by dotted path.
     pub extra: Vec<(&'static str, Value)>,
+}
+
+/// A handler of the daemon.
+#[derive(Debug, Clone, Copy)]
+pub struct Script {
+    pub sql: &'static str,
+    /// How many messages took effect.
+    pub applied: &'static str,
+}
+
+impl Script {
+    /// One row for each message, in a table without a key: an effect applied
+    /// twice shows.
+    pub const INSERT: Self = Self {
+        sql: "INSERT INTO effect (message_id, body) SELECT message_id, body FROM message",
+        applied: "SELECT count(*) FROM effect",
+    };
 }
 
 /// A running subject. Dropping it kills it.
@@ -110,7 +133,7 @@ impl Subject {
                 command.arg("run").arg("--config").arg(config);
                 command
             }
-            Kind::Bare { .. } | Kind::Reference { .. } => {
+            Kind::Bare { .. } | Kind::Floor | Kind::Reference { .. } => {
                 let mut command = Command::new(std::env::current_exe()?);
                 command
                     .arg("subject")
@@ -136,6 +159,11 @@ impl Subject {
             log,
             started,
         })
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// The end of what it wrote to standard error.
@@ -276,8 +304,7 @@ fn configuration(settings: &Settings, workers: usize) -> Result<String> {
     let queue_type = settings.queue_type.name();
     set(&mut consumer, "topology.queue_type", queue_type.into());
     set(&mut consumer, "handler.type", "sql".into());
-    let effect = "INSERT INTO effect (message_id, body) SELECT message_id, body FROM message";
-    set(&mut consumer, "handler.sql", effect.into());
+    set(&mut consumer, "handler.sql", settings.script.sql.into());
     let mut config = Table::new();
     set(&mut config, "broker.url", settings.amqp.as_str().into());
     set(&mut config, "admin.listen", "127.0.0.1:0".into());

@@ -19,9 +19,10 @@ pub const BODY_BYTES: usize = 200;
 const REFERENCE_SHARE: usize = 4;
 
 /// Each subject, with the percentages of duplicates at which it is measured.
-const SUBJECTS: [(Kind, &[usize]); 6] = [
+const SUBJECTS: [(Kind, &[usize]); 7] = [
     (Kind::Bare { coalesced: false }, &[0]),
     (Kind::Bare { coalesced: true }, &[0]),
+    (Kind::Floor, &[0]),
     (Kind::Reference { fused: false }, &[0, 10, 90]),
     (Kind::Reference { fused: true }, &[0]),
     (Kind::Daemon { workers: 1 }, &[0, 10, 90]),
@@ -64,6 +65,8 @@ pub fn run(stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
 fn count(plan: &Plan, kind: Kind) -> usize {
     match kind {
         Kind::Reference { .. } => plan.messages / REFERENCE_SHARE,
-        Kind::Bare { .. } | Kind::Daemon { .. } | Kind::Caller { .. } => plan.messages,
+        Kind::Bare { .. } | Kind::Floor | Kind::Daemon { .. } | Kind::Caller { .. } => {
+            plan.messages
+        }
     }
 }
