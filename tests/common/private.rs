@@ -1,6 +1,7 @@
 //! A RabbitMQ of a test's own, one node or a cluster: for what would disturb
 //! every other test on a shared one.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -10,11 +11,14 @@ use nix::unistd::Pid;
 use super::eventually;
 use super::world::{random, server};
 
-/// Nodes that are private to one test. Dropping it ends them.
+/// Nodes that are private to one test. Dropping it ends them, unless other
+/// tests have them in turn.
 #[derive(Debug)]
 pub struct PrivateBroker {
     folder: PathBuf,
     nodes: usize,
+    /// Locked, while it is this test's turn.
+    turn: Option<File>,
 }
 
 impl PrivateBroker {
@@ -26,8 +30,25 @@ impl PrivateBroker {
         let broker = Self {
             folder: beside.join(name),
             nodes,
+            turn: None,
         };
         broker.services(&["up", "--nodes", &nodes.to_string(), "rabbitmq"], &beside);
+        broker
+    }
+
+    /// The one that tests have in turn, for what ends with the test: an alarm, a
+    /// limit. The first of them starts it, and `script/services down` ends it.
+    pub fn in_turn() -> Self {
+        let beside = PathBuf::from(server("ACKONCE_SERVICES_DIR"));
+        // Any file would do that is there as long as the servers are.
+        let turn = File::open(beside.join("state")).expect("script/services up");
+        turn.lock().expect("the lock");
+        let broker = Self {
+            folder: beside.join("private-in-turn"),
+            nodes: 1,
+            turn: Some(turn),
+        };
+        broker.services(&["up", "rabbitmq"], &beside);
         broker
     }
 
@@ -96,6 +117,11 @@ impl PrivateBroker {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
+    /// Runs Erlang code in the first node, and returns what it says.
+    pub fn evaluate(&self, code: &str) -> String {
+        self.ctl(0, &["eval", code])
+    }
+
     /// Stops a node where it stands, until [`Self::thaw`].
     pub fn freeze(&self, node: usize) {
         let pid = self.pid(node);
@@ -127,6 +153,9 @@ impl PrivateBroker {
 
 impl Drop for PrivateBroker {
     fn drop(&mut self) {
+        if self.turn.is_some() {
+            return;
+        }
         let beside = self.folder.parent().expect("a folder");
         let ended = std::panic::AssertUnwindSafe(|| self.services(&["down"], beside));
         if std::panic::catch_unwind(ended).is_err() {

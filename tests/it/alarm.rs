@@ -1,22 +1,23 @@
 //! What goes on while an alarm on the broker blocks those who publish, or its
-//! limits change. Both are the whole broker's: what is in here runs while no
-//! other test does.
+//! limits change. Both are the whole broker's: these tests have one beside the
+//! shared one, in turn.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use crate::common::letters::{judged, kill_messages, mend, wait_for_letters};
 use crate::common::{
-    Consumer, DEADLINE, Msg, ORDERS, ORDERS_DEAD, Tool, World, eventually, numbered, numbered_ids,
+    Consumer, DEADLINE, Msg, ORDERS, ORDERS_DEAD, PrivateBroker, Tool, World, eventually, numbered,
+    numbered_ids,
 };
 use crate::topology::stage::{Stage, foreign, orders};
 
 #[test]
 fn an_alarm_on_the_broker_stops_nobody_whose_dead_letters_are_kept_anyway() {
-    let mut stage = Stage::new();
+    let broker = PrivateBroker::in_turn();
+    let mut stage = Stage::on(&broker);
     let classic = || {
         Consumer::new("c")
             .set("topology.mode", "verify")
@@ -28,7 +29,7 @@ fn an_alarm_on_the_broker_stops_nobody_whose_dead_letters_are_kept_anyway() {
         .prepare(classic().set("topology.mode", "declare"))
         .unwrap();
     stage.world.broker.send(ORDERS, [Msg::new("one")]);
-    let alarm = Alarm::raise();
+    let alarm = Alarm::raise(&broker);
     stage.prepare(orders("verify", "quorum")).unwrap();
     stage.prepare(foreign()).unwrap();
     let error = stage.prepare(classic()).unwrap_err();
@@ -45,22 +46,24 @@ fn an_alarm_on_the_broker_stops_nobody_whose_dead_letters_are_kept_anyway() {
 
 /// An alarm, as long as this lives. It ends by itself too, should the test be
 /// killed.
-struct Alarm {
+struct Alarm<'b> {
+    broker: &'b PrivateBroker,
     end: &'static str,
 }
 
-impl Alarm {
+impl Alarm<'_> {
     /// `raise` and `end` are Erlang expressions.
-    fn raise_with(raise: &str, end: &'static str) -> Self {
-        evaluate(&format!(
+    fn raise_with<'b>(broker: &'b PrivateBroker, raise: &str, end: &'static str) -> Alarm<'b> {
+        broker.evaluate(&format!(
             "{raise}, {{ok, Timer}} = timer:apply_after(60000, erlang, apply, \
              [fun() -> {end} end, []]), persistent_term:put(ackonce_alarm, Timer)."
         ));
-        Self { end }
+        Alarm { broker, end }
     }
 
-    fn raise() -> Self {
+    fn raise(broker: &PrivateBroker) -> Alarm<'_> {
         Self::raise_with(
+            broker,
             "rabbit_alarm:set_alarm({{resource_limit, memory, node()}, []})",
             "rabbit_alarm:clear_alarm({resource_limit, memory, node()})",
         )
@@ -69,8 +72,9 @@ impl Alarm {
     /// As the broker raises it itself, when less than a petabyte is free. Where
     /// it cannot find out how much is free, in a chroot without /proc, the
     /// alarm is raised for it.
-    fn raise_for_disk() -> Self {
+    fn raise_for_disk(broker: &PrivateBroker) -> Alarm<'_> {
         let alarm = Self::raise_with(
+            broker,
             "case rabbit_disk_monitor:get_disk_free() of Free when is_number(Free) -> \
              rabbit_disk_monitor:set_disk_free_limit(1000000000000000); \
              _ -> rabbit_alarm:set_alarm({{resource_limit, disk, node()}, []}) end",
@@ -78,51 +82,57 @@ impl Alarm {
              rabbit_alarm:clear_alarm({resource_limit, disk, node()})",
         );
         let alarms = "[N || {{resource_limit, disk, N}, _} <- rabbit_alarm:get_alarms()].";
-        eventually("the disk alarm is raised", || evaluate(alarms) != "[]");
+        eventually("the disk alarm is raised", || {
+            broker.evaluate(alarms) != "[]"
+        });
         alarm
     }
 }
 
-impl Drop for Alarm {
+impl Drop for Alarm<'_> {
     fn drop(&mut self) {
         // Its timer would end the alarm of a later test.
         let cancel = "timer:cancel(persistent_term:get(ackonce_alarm))";
-        evaluate(&format!("{}, {cancel}.", self.end));
+        self.broker.evaluate(&format!("{}, {cancel}.", self.end));
     }
 }
 
 /// A `max_message_size`, as long as this lives.
-struct MessageSize {
+struct MessageSize<'b> {
+    broker: &'b PrivateBroker,
     before: String,
 }
 
-impl MessageSize {
-    fn limit(bytes: usize) -> Self {
+impl<'b> MessageSize<'b> {
+    fn limit(broker: &'b PrivateBroker, bytes: usize) -> Self {
         let before = "element(2, application:get_env(rabbit, max_message_size))";
-        let before = evaluate(&format!("persistent_term:get(max_message_size, {before})."));
-        Self::set(&bytes.to_string());
-        Self { before }
+        let before = format!("persistent_term:get(max_message_size, {before}).");
+        let before = broker.evaluate(&before);
+        let limit = Self { broker, before };
+        limit.set(&bytes.to_string());
+        limit
     }
 
     /// RabbitMQ 3.10 reads the one, 4.3 the other.
-    fn set(bytes: &str) {
-        evaluate(&format!(
+    fn set(&self, bytes: &str) {
+        self.broker.evaluate(&format!(
             "application:set_env(rabbit, max_message_size, {bytes}), \
              persistent_term:put(max_message_size, {bytes})."
         ));
     }
 }
 
-impl Drop for MessageSize {
+impl Drop for MessageSize<'_> {
     fn drop(&mut self) {
-        Self::set(&self.before);
+        self.set(&self.before);
     }
 }
 
 #[test]
 fn a_copy_that_the_broker_will_not_have_is_dead_lettered_and_its_neighbours_are_retried() {
+    let broker = PrivateBroker::in_turn();
     for dead_letters in ["reject", "publish"] {
-        let world = World::new();
+        let world = World::on(&broker);
         make_fail_once(&world);
         let orders = Consumer::orders()
             .sql(FAIL_ONCE)
@@ -137,7 +147,7 @@ fn a_copy_that_the_broker_will_not_have_is_dead_lettered_and_its_neighbours_are_
             .broker
             .send(ORDERS, [Msg::new("bad-large").json(&large)]);
         world.broker.send(ORDERS, numbered("bad-later", 10));
-        let limit = MessageSize::limit(10_000);
+        let limit = MessageSize::limit(&broker, 10_000);
         let daemon = world.run(&config);
         world.wait_for_effects(20);
         if dead_letters == "publish" {
@@ -151,14 +161,6 @@ fn a_copy_that_the_broker_will_not_have_is_dead_lettered_and_its_neighbours_are_
         let ids = [numbered_ids("bad-small", 10), numbered_ids("bad-later", 10)].concat();
         world.assert_each_applied_once(&ids);
     }
-}
-
-/// Runs Erlang code in the broker, and returns what it says.
-fn evaluate(code: &str) -> String {
-    let program = std::env::var("ACKONCE_RABBITMQCTL").expect("script/services env sets it");
-    let output = Command::new(program).args(["eval", code]).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
 }
 
 /// Fails with SQLSTATE `23503` the first time, and for good ids never.
@@ -183,8 +185,9 @@ fn during_a_disk_alarm_retries_wait_unacknowledged_and_all_else_goes_on() {
     retries_wait_while(Alarm::raise_for_disk);
 }
 
-fn retries_wait_while(raise: fn() -> Alarm) {
-    let world = World::new();
+fn retries_wait_while(raise: fn(&PrivateBroker) -> Alarm<'_>) {
+    let broker = PrivateBroker::in_turn();
+    let world = World::on(&broker);
     make_fail_once(&world);
     let orders = Consumer::orders()
         .sql(FAIL_ONCE)
@@ -197,7 +200,7 @@ fn retries_wait_while(raise: fn() -> Alarm) {
     daemon.signal(Signal::SIGSTOP);
     let messages = numbered("bad", 20).into_iter().chain(numbered("good", 500));
     world.broker.send(ORDERS, messages);
-    let alarm = raise();
+    let alarm = raise(&broker);
     daemon.signal(Signal::SIGCONT);
     // Applied and acked, although the broker takes no message.
     world.wait_for_effects(501);
@@ -218,8 +221,9 @@ fn retries_wait_while(raise: fn() -> Alarm) {
 
 #[test]
 fn during_an_alarm_dead_letters_that_the_daemon_publishes_wait_and_all_else_goes_on() {
+    let broker = PrivateBroker::in_turn();
     for raise in [Alarm::raise, Alarm::raise_for_disk] {
-        let world = World::new();
+        let world = World::on(&broker);
         let orders = Consumer::orders()
             .sql(crate::common::RECORD_AMOUNT)
             .set("topology.dead_letters", "publish");
@@ -230,7 +234,7 @@ fn during_an_alarm_dead_letters_that_the_daemon_publishes_wait_and_all_else_goes
         let ids = numbered_ids("bad", 20);
         world.broker.send(ORDERS, ids.iter().map(bad));
         world.broker.send(ORDERS, numbered("good", 500));
-        let alarm = raise();
+        let alarm = raise(&broker);
         daemon.signal(Signal::SIGCONT);
         world.wait_for_effects(500);
         eventually("dead letters are held", || unacked(&world) == 20);
@@ -245,7 +249,8 @@ fn during_an_alarm_dead_letters_that_the_daemon_publishes_wait_and_all_else_goes
 
 #[test]
 fn a_stop_during_an_alarm_gives_back_what_waits_for_its_retry() {
-    let world = World::new();
+    let broker = PrivateBroker::in_turn();
+    let world = World::on(&broker);
     make_fail_once(&world);
     let orders = Consumer::orders()
         .sql(FAIL_ONCE)
@@ -254,7 +259,7 @@ fn a_stop_during_an_alarm_gives_back_what_waits_for_its_retry() {
     let config = world.config().consumer(orders);
     world.prepare(&config);
     world.broker.send(ORDERS, numbered("bad", 20));
-    let alarm = Alarm::raise();
+    let alarm = Alarm::raise(&broker);
     let daemon = world.run(&config);
     eventually("what fails is held", || {
         world.db.count("select count(*) from ackonce.failure") >= 20
@@ -287,11 +292,12 @@ fn unacked(world: &World) -> u64 {
 
 #[test]
 fn a_replay_that_an_alarm_holds_up_ends_by_itself_and_loses_no_letter() {
-    let world = World::new();
+    let broker = PrivateBroker::in_turn();
+    let world = World::on(&broker);
     let config = judged(&world, "quorum", "reject");
     kill_messages(&world, &config, 20);
     mend(&world);
-    let alarm = Alarm::raise();
+    let alarm = Alarm::raise(&broker);
     let replay = || Tool::new(&world, &config, &["replay", ORDERS, "--yes"]);
     let held_up = replay().start();
     held_up.wait().expect(75).says(&["is there an alarm on it"]);
@@ -306,7 +312,8 @@ fn a_replay_that_an_alarm_holds_up_ends_by_itself_and_loses_no_letter() {
 
 #[test]
 fn a_letter_that_the_broker_will_not_have_is_named_and_its_neighbours_are_replayed() {
-    let world = World::new();
+    let broker = PrivateBroker::in_turn();
+    let world = World::on(&broker);
     let config = judged(&world, "quorum", "reject");
     let daemon = world.run(&config);
     let long = |id: &str| Msg::new(id).body(format!("\"{}\"", "x".repeat(400_000)));
@@ -315,7 +322,7 @@ fn a_letter_that_the_broker_will_not_have_is_named_and_its_neighbours_are_replay
     wait_for_letters(&world, 3);
     daemon.stop();
     mend(&world);
-    let limit = MessageSize::limit(300_000);
+    let limit = MessageSize::limit(&broker, 300_000);
     let replay = || Tool::new(&world, &config, &["replay", ORDERS, "--yes"]);
     let ended = replay().run().expect(1);
     ended.says(&["left m-long", "replayed 2", "unfit 1"]);

@@ -63,12 +63,12 @@ fn sources() -> Vec<Source> {
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
+            let relative = path.strip_prefix(&root).unwrap();
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|e| e == "rs")
-                && !path.components().any(|c| c.as_os_str() == "tests")
+                && !relative.components().any(|c| c.as_os_str() == "tests")
             {
-                let relative = path.strip_prefix(&root).unwrap();
                 let room = relative.iter().next().unwrap().to_str().unwrap();
                 let text = std::fs::read_to_string(&path).unwrap();
                 let code = text.split("#[cfg(test)]\nmod ").next().unwrap().to_owned();

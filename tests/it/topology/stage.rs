@@ -11,7 +11,7 @@ use amiquip::{
     QueueDeleteOptions,
 };
 
-use crate::common::{Consumer, DEADLINE, ORDERS_DEAD, World};
+use crate::common::{Consumer, DEADLINE, ORDERS_DEAD, PrivateBroker, World};
 
 /// The dead-letter exchange of the queue `orders`.
 pub const DLX: &str = "orders.dlx";
@@ -24,7 +24,15 @@ pub struct Stage {
 
 impl Stage {
     pub fn new() -> Self {
-        let world = World::new();
+        Self::in_world(World::new())
+    }
+
+    /// With its vhost on a broker of its own.
+    pub fn on(broker: &PrivateBroker) -> Self {
+        Self::in_world(World::on(broker))
+    }
+
+    fn in_world(world: World) -> Self {
         let broker = checked(&world, Consumer::orders()).broker;
         let link = connection::open(&broker, "test").unwrap();
         Self { world, link }
