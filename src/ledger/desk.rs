@@ -69,6 +69,7 @@ pub fn sit_down(session: &mut Session, queue: &str) -> Result<Option<String>, Er
              coalesce(host(client_addr), 'this host'), \
              to_char(backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')) \
              FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' \
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
              AND classid = $1::int8::oid AND objid = (hashtext($2)::int8 & 4294967295)::oid \
              AND objsubid = 2 AND granted LIMIT 1",
         )

@@ -212,6 +212,17 @@ impl Broker {
         got.is_none()
     }
 
+    /// Whether the broker at `url` can say what is in `queue`, which it cannot
+    /// while the queue has no leader: then it closes the connection.
+    pub fn answers_for(url: &str, queue: &str) -> bool {
+        let asked = || -> Result<(), amiquip::Error> {
+            let mut connection = Connection::insecure_open(url)?;
+            connection.open_channel(None)?.basic_get(queue, false)?;
+            connection.close()
+        };
+        asked().is_ok()
+    }
+
     /// Removes what waits in `queue`, and returns it.
     pub fn take(&self, queue: &str) -> Vec<Dead> {
         let channel = self.channel();

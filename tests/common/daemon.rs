@@ -250,6 +250,17 @@ impl Daemon {
         }
     }
 
+    /// As [`Self::wait_until_consuming`], of one whose failpoint may kill it as
+    /// soon as it consumes.
+    pub fn wait_until_consuming_or_killed(&mut self) {
+        let consumers = self.consumers.clone();
+        eventually("it consumes, or is killed", || {
+            let killed = self.try_wait().is_some();
+            let consumes = |consumer: &String| self.times_consuming(consumer) > 0;
+            killed || consumers.iter().all(consumes)
+        });
+    }
+
     /// Waits for a line of the log that has all of `parts`.
     pub fn wait_for_log(&self, parts: &[&str]) {
         eventually(&format!("the log says {parts:?}"), || self.logged(parts));

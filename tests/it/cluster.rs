@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use crate::common::{
-    Consumer, Daemon, ORDERS, ORDERS_DEAD, PrivateBroker, World, eventually, numbered, numbered_ids,
+    Broker, Consumer, Daemon, ORDERS, ORDERS_DEAD, PrivateBroker, World, eventually, numbered,
+    numbered_ids,
 };
 
 const NODES: usize = 3;
@@ -51,6 +52,7 @@ fn a_cluster_that_loses_the_leader_and_then_the_daemons_own_node_loses_no_messag
         leader(&world, &broker).is_some_and(|(_, online)| online == NODES)
     });
     let mut ids = Vec::new();
+    let mut witness = 0;
     // First the node that leads the queue, then, when that one is back, the one
     // that the daemon is connected to.
     for turn in 0..2 {
@@ -61,7 +63,7 @@ fn a_cluster_that_loses_the_leader_and_then_the_daemons_own_node_loses_no_messag
             _ => connected,
         };
         assert!(turn > 0 || leads != connected, "two different faults");
-        let witness = (0..NODES).find(|node| *node != victim).unwrap();
+        witness = (0..NODES).find(|node| *node != victim).unwrap();
         world.look_through(&broker, witness);
         let prefix = format!("m-{turn}");
         world
@@ -89,6 +91,13 @@ fn a_cluster_that_loses_the_leader_and_then_the_daemons_own_node_loses_no_messag
                 leader(&world, &broker).is_some_and(|(_, online)| online == NODES)
             });
         }
+    }
+    // The dead-letter queue, which nobody used meanwhile, may have lost its leader too.
+    let url = world.amqp_url_on(&broker, witness);
+    for queue in [ORDERS, ORDERS_DEAD] {
+        eventually("the queue has a leader", || {
+            Broker::answers_for(&url, queue)
+        });
     }
     world.drain_with(daemon, &config, ORDERS);
     let seen: BTreeSet<_> = ids.iter().collect();

@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 use std::collections::BTreeSet;
+use std::os::fd::AsFd;
 
 use crate::common::program::{passed_on, processes, running_with, write_program};
 use crate::common::{
     Config, Consumer, Daemon, Msg, ORDERS, ORDERS_DEAD, World, eventually, numbered, numbered_ids,
     run_ackonce,
 };
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -125,6 +127,14 @@ impl Stage {
     /// Waits until nothing runs that a handler started.
     fn wait_for_quiet(&self) {
         eventually("no program runs", || running_with(&self.mark()).is_empty());
+    }
+
+    /// Waits until the handler has answered for `ids`, and that is written down.
+    fn wait_until_done(&self, ids: &[&str]) {
+        eventually(&format!("{ids:?} are done"), || {
+            let done = self.world.db.ledger(ORDERS);
+            ids.iter().all(|id| done.iter().any(|other| other == id))
+        });
     }
 
     fn wait_for_effect(&self, id: &str) {
@@ -274,6 +284,13 @@ fn killed_at_any_step_each_message_takes_effect_once() {
     }
 }
 
+/// Whether something waits in the pipe that is a process's standard input.
+fn has_unread_input(pid: Pid) -> bool {
+    let pipe = std::fs::File::open(format!("/proc/{pid}/fd/0")).unwrap();
+    let mut watched = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    poll(&mut watched, PollTimeout::ZERO).unwrap() == 1
+}
+
 #[test]
 fn a_stream_program_that_is_killed_costs_its_message_one_attempt() {
     let stage = Stage::new(Mode::Stream);
@@ -281,7 +298,7 @@ fn a_stream_program_that_is_killed_costs_its_message_one_attempt() {
     let consumer = stage.consumer().set("workers", 1);
     let daemon = world.run(&world.config().consumer(consumer));
     stage.send("before", "x");
-    stage.wait_for_effect("before");
+    stage.wait_until_done(&["before"]);
     for round in ["first", "second"] {
         let [program] = &running_with(&stage.mark())[..] else {
             panic!("one program");
@@ -291,15 +308,16 @@ fn a_stream_program_that_is_killed_costs_its_message_one_attempt() {
         if round == "first" {
             kill(pid, Signal::SIGSTOP).unwrap();
             stage.send("m", "x");
-            eventually("it is claimed", || {
-                world.db.count("select count(*) from ackonce.claim") == 1
-            });
+            eventually("it is handed over", || has_unread_input(pid));
         }
         kill(pid, Signal::SIGKILL).unwrap();
+        eventually("it is gone", || {
+            let others = running_with(&stage.mark());
+            others.iter().all(|other| other.pid != program.pid)
+        });
         stage.send(round, "x");
-        stage.wait_for_effect(round);
+        stage.wait_until_done(&["m", round]);
     }
-    stage.wait_for_effect("m");
     daemon.stop();
     assert_eq!(attempts(world, "m"), ["transient broken"]);
     assert_eq!(world.db.failures(ORDERS).len(), 1, "and no other");

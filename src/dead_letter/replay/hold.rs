@@ -21,15 +21,14 @@ impl Engine<'_> {
     pub(super) fn hold_some(&mut self) -> Result<bool, Cut> {
         loop {
             if self.is_overheld()? {
-                self.open_anew()?;
+                self.start_over()?;
             }
             if !self.refill()? {
                 return Ok(false);
             }
             while !self.has_turn()? {
                 if self.is_overheld()? {
-                    self.open_anew()?;
-                    self.wait_for_turn()?;
+                    self.start_over()?;
                     break;
                 }
                 self.wait_a_little()?;
@@ -52,7 +51,7 @@ impl Engine<'_> {
                 return Ok(false);
             }
             if self.is_overheld()? {
-                self.open_anew()?;
+                self.start_over()?;
             }
             let stop = self.stop;
             let letters = self.desk()?.next(stop)?;
@@ -93,6 +92,13 @@ impl Engine<'_> {
 
     pub(super) fn likeness_of(&self, letter: &Letter) -> u64 {
         self.likeness.hash_one((letter.fingerprint, &letter.id))
+    }
+
+    /// Opens the queue anew, and takes nothing from it before the next turn: what
+    /// would be taken is not fresh, and so would be held however long that is.
+    fn start_over(&mut self) -> Result<(), Cut> {
+        self.open_anew()?;
+        self.wait_for_turn()
     }
 
     /// Gives back what is held, before the broker takes it. What was read and
