@@ -19,6 +19,15 @@ die() {
     exit 1
 }
 
+# join_with SEPARATOR WORD...: the words in one line.
+join_with() {
+    local separator=$1 line=${2:-} word
+    for word in "${@:3}"; do
+        line+=$separator$word
+    done
+    printf '%s\n' "$line"
+}
+
 # have PROGRAM: whether it can be run. Debian keeps servers in sbin, which is
 # not on every user's PATH.
 have() {

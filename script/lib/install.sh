@@ -2,6 +2,8 @@
 # What has to be on the machine before servers, builds and tests can run, and
 # how it gets there. Sourced by script/services; starts no server.
 
+readonly NEXTEST_VERSION=0.9.143
+
 # have_compiled_c: whether a C program can be built; the crate `ring` has some.
 have_compiled_c() {
     have cc && printf '#include <stdlib.h>\nint main(void) { return 0; }\n' |
@@ -45,8 +47,8 @@ missing_packages() {
                 # Brings promtool along.
                 { have prometheus && have promtool; } || echo prometheus
                 have shellcheck || echo shellcheck
-            # For daemons whose clock is off.
-            have faketime || echo faketime
+                # For daemons whose clock is off.
+                have faketime || echo faketime
                 ;;
             bench)
                 have wrk || echo wrk
@@ -70,6 +72,20 @@ missing_packages() {
                 ;;
         esac
     done
+}
+
+# have_nextest: cargo finds it in its own folder even where that is not on PATH.
+have_nextest() {
+    cargo nextest --version >/dev/null 2>&1
+}
+
+# install_nextest: the test runner. It runs each test in a process of its own,
+# which tests that look at their own process count on.
+install_nextest() {
+    have_nextest && return 0
+    say "building the test runner, cargo-nextest $NEXTEST_VERSION: this takes minutes, once"
+    cargo install --quiet --locked --version "$NEXTEST_VERSION" cargo-nextest ||
+        die "failed to install the test runner: cargo install --locked cargo-nextest"
 }
 
 # apt_install PACKAGE...: runs as root, in a shell of its own, one at a time.
@@ -150,4 +166,5 @@ install_packages() {
     if [[ " $* " == *" build "* ]] && ! have cargo; then
         die "cargo is missing: install Rust from https://rustup.rs, then try again"
     fi
+    [[ " $* " != *" tests "* ]] || install_nextest
 }

@@ -265,3 +265,28 @@ fn the_oldest_compiler_that_is_promised_is_the_one_that_is_used() {
         .to_owned();
     assert_eq!(used, format!("{promised}.0"));
 }
+
+/// The runner says nothing of a name that no test has.
+#[test]
+fn each_test_that_script_check_names_is_there() {
+    let config = manifest(".config/nextest.toml");
+    let filter = config["profile"]["check"]["default-filter"]
+        .as_str()
+        .unwrap();
+    let names: Vec<&str> = filter
+        .split("test(=")
+        .skip(1)
+        .map(|rest| rest.split(')').next().unwrap())
+        .collect();
+    assert!(names.len() >= 12, "{names:?}");
+    let code = all_code();
+    let is_there = |name: &&str| {
+        let (module, function) = name.rsplit_once("::").unwrap();
+        let file = format!("tests/it/{}.rs", module.replace("::", "/"));
+        let test = format!("#[test]\nfn {function}(");
+        code.iter()
+            .any(|(path, text)| path.ends_with(&file) && text.contains(&test))
+    };
+    let missing: Vec<_> = names.into_iter().filter(|name| !is_there(name)).collect();
+    assert_eq!(missing, Vec::<&str>::new());
+}
