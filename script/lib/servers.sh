@@ -6,6 +6,7 @@
 #   state          the file that says what was started
 #   timeout_s      seconds a server is given to answer, and to end
 #   rabbitmq_root  a chroot to run RabbitMQ from, or empty
+#   in_memory      1 when PostgreSQL's files shall be in memory
 # shellcheck disable=SC2154
 
 # The state file holds lines `kind name value`; the last one of a kind and name
@@ -149,11 +150,23 @@ if ((EUID == 0)); then
     as_postgres=(setpriv --reuid=postgres --regid=postgres --init-groups --)
 fi
 
-# postgres_parent: nothing, or where its folder has to be made instead: when
-# its user cannot reach the services folder (a checkout under /root), or when
-# the path is too long for the socket in it.
+# has_memory: whether there is room in memory for what all tests write: they
+# need 1.5 GB at the most, most of it write-ahead log.
+has_memory() {
+    local free available
+    [[ $(stat -f -c %T /dev/shm 2>/dev/null) == tmpfs ]] || return 1
+    free=$(df -k --output=avail /dev/shm | tail -n 1)
+    available=$(sed -n 's/^MemAvailable: *\([0-9]*\) kB$/\1/p' /proc/meminfo)
+    ((free > 4000000 && ${available:-0} > 6000000))
+}
+
+# postgres_parent: nothing, or where its folder has to be made instead: in
+# memory; or when its user cannot reach the services folder (a checkout under
+# /root), or when the path is too long for the socket in it.
 postgres_parent() {
-    if ((${#services_dir} > 75)) || ! "${as_postgres[@]}" test -x "$services_dir"; then
+    if ((in_memory)) && has_memory; then
+        echo /dev/shm
+    elif ((${#services_dir} > 75)) || ! "${as_postgres[@]}" test -x "$services_dir"; then
         echo /var/tmp
     fi
 }

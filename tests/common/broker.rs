@@ -3,14 +3,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use amiquip::{
-    AmqpProperties, AmqpValue, Channel, Confirm, Connection, FieldTable, Publish,
-    QueueDeclareOptions,
+    AmqpProperties, AmqpValue, Channel, Confirm, Connection, ConsumerMessage, ConsumerOptions,
+    Delivery, FieldTable, Publish, QueueDeclareOptions,
 };
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::eventually;
+
+/// So many messages are taken one by one.
+const SOME: usize = 100;
 
 /// Publishes that may wait for their confirm at a time.
 const UNCONFIRMED_MAX: usize = 2_000;
@@ -88,6 +92,15 @@ pub struct Dead {
     pub body: Vec<u8>,
     /// As published, and what the broker added to the headers.
     pub properties: AmqpProperties,
+}
+
+impl From<Delivery> for Dead {
+    fn from(delivery: Delivery) -> Self {
+        Self {
+            body: delivery.body,
+            properties: delivery.properties,
+        }
+    }
 }
 
 impl Dead {
@@ -225,15 +238,40 @@ impl Broker {
 
     /// Removes what waits in `queue`, and returns it.
     pub fn take(&self, queue: &str) -> Vec<Dead> {
-        let channel = self.channel();
         let mut taken = Vec::new();
+        let many = self.ready(queue) as usize;
+        if many > SOME {
+            self.consume(queue, many, &mut taken);
+        }
+        let channel = self.channel();
         while let Some(got) = channel.basic_get(queue, true).expect("basic.get") {
-            taken.push(Dead {
-                body: got.delivery.body,
-                properties: got.delivery.properties,
-            });
+            taken.push(Dead::from(got.delivery));
         }
         taken
+    }
+
+    /// Takes `count` messages at once, unless somebody else has them: one
+    /// `basic.get` after the other takes minutes for thousands.
+    fn consume(&self, queue: &str, count: usize, taken: &mut Vec<Dead>) {
+        let channel = self.channel();
+        let options = ConsumerOptions {
+            no_ack: true,
+            ..ConsumerOptions::default()
+        };
+        let consumer = channel.basic_consume(queue, options).expect("a consumer");
+        let messages = consumer.receiver();
+        loop {
+            match messages.recv_timeout(Duration::from_secs(5)) {
+                Ok(ConsumerMessage::Delivery(delivery)) => taken.push(Dead::from(delivery)),
+                Ok(ConsumerMessage::ClientCancelled) => return,
+                Err(RecvTimeoutError::Timeout) => consumer.cancel().expect("it is cancelled"),
+                other => panic!("the broker ended the consumer: {other:?}"),
+            }
+            if taken.len() >= count {
+                // What is on its way comes before the answer. A second time does nothing.
+                consumer.cancel().expect("it is cancelled");
+            }
+        }
     }
 
     /// All that came to rest in the dead-letter queue `queue` so far. Takes it
