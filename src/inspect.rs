@@ -358,13 +358,18 @@ fn broker(config: &checked::Config, findings: &mut Findings) {
         match topology::inspect(&mut link, consumer, CALL_WITHIN) {
             Ok(found) => {
                 let text = match found.missing.as_slice() {
+                    [] if consumer.topology.mode == checked::TopologyMode::None => {
+                        "what is used is there".to_owned()
+                    }
                     [] => "exists as configured".to_owned(),
                     missing => format!("`ackonce run` will declare {}", missing.join(", ")),
                 };
                 findings.add(&subject, Severity::Good, text);
-                if let Some(unproved) = found.unproved {
-                    let subject = format!("dead letters of {}", consumer.name);
-                    findings.add(&subject, Severity::Good, unproved);
+                for unproved in found.unproved {
+                    findings.add(&subject, Severity::Good, format!("not proved: {unproved}"));
+                }
+                for weak in found.weak {
+                    findings.add(&subject, Severity::Warning, weak);
                 }
             }
             Err(error) => findings.add(&subject, topology_severity(&error), error.to_string()),
@@ -419,7 +424,9 @@ fn topology_severity(error: &TopologyError) -> Severity {
     match error {
         TopologyError::Mismatch { .. }
         | TopologyError::Missing { .. }
-        | TopologyError::Nowhere { .. } => Severity::Wrong,
+        | TopologyError::Nowhere { .. }
+        | TopologyError::NoWayBack { .. }
+        | TopologyError::Unsafe { .. } => Severity::Wrong,
         TopologyError::Denied { .. } => Severity::Denied,
         TopologyError::Lost { .. } => Severity::Unreachable,
     }

@@ -14,6 +14,7 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::cause::{Cause, Happening};
 use super::connection::Link;
+use super::topology::TopologyError;
 use crate::backoff::Backoff;
 use crate::config::checked;
 use crate::gate::Gate;
@@ -77,13 +78,21 @@ pub enum End {
     Lost(Cause),
     /// A worker panicked: its deliveries go back with the connection.
     Panicked,
+    /// The queues are seen not to be of use only now that messages come.
+    Unfit(TopologyError),
 }
 
 /// Consumes until something ends it, and leaves the link to be closed. Also
-/// says how many deliveries the broker was told about.
+/// says how many deliveries the broker was told about. `unproved` are the retry
+/// queues of which it is not known that they lead back.
 #[must_use]
-pub fn run(link: &Link, channel: &Channel, mut feed: Feed<'_>) -> (End, u64) {
-    match Flow::new(link, channel, &feed) {
+pub fn run(
+    link: &Link,
+    channel: &Channel,
+    mut feed: Feed<'_>,
+    unproved: Vec<String>,
+) -> (End, u64) {
+    match Flow::new(link, channel, &feed, unproved) {
         Ok(mut flow) => (consume(&mut flow, link, channel, &mut feed), flow.settled()),
         Err(error) => {
             let text = format!("failed to start the courier: {error}");
@@ -100,15 +109,11 @@ fn consume<'a>(
 ) -> End {
     // A connection that is made in the middle of a pause begins with it.
     let mut paused = feed.gate.closed_for() >= Some(PAUSE_AFTER);
+    let mut consumer = match subscribe(link, channel, feed, paused) {
+        Ok(consumer) => consumer,
+        Err(cause) => return End::Lost(cause),
+    };
     loop {
-        let prefetch = match paused {
-            true => PAUSED_PREFETCH.min(feed.consumer.prefetch),
-            false => feed.consumer.prefetch,
-        };
-        let consumer = match subscribe(link, channel, feed, prefetch) {
-            Ok(consumer) => consumer,
-            Err(cause) => return End::Lost(cause),
-        };
         feed.signs.meter.consuming(true);
         feed.signs.pulse.consuming();
         let turn = flow.consume(consumer.receiver(), feed, paused);
@@ -116,32 +121,42 @@ fn consume<'a>(
             // Whatever becomes of the rest: nothing more is begun.
             *feed.stopper = None;
         }
-        let watch = link.watch(CALL_WITHIN);
         if let Turn::End(end) = turn {
+            let _watch = link.watch(CALL_WITHIN);
             // Its drop asks the broker to cancel it.
             drop(consumer);
             return end;
         }
+        // The next subscription comes before the end of this one: a queue that
+        // goes with its last consumer would be deleted between them.
+        let next = match turn {
+            Turn::Pause | Turn::Resume => {
+                paused = matches!(turn, Turn::Pause);
+                match subscribe(link, channel, feed, paused) {
+                    Ok(next) => Some(next),
+                    Err(cause) => return End::Lost(cause),
+                }
+            }
+            Turn::Stop | Turn::End(_) => None,
+        };
         // Dropping a consumer that still gets deliveries can kill the
         // connection: it is cancelled and drained first.
+        let watch = link.watch(CALL_WITHIN);
         if let Err(error) = consumer.cancel() {
             return flow.lost("failed to cancel the consumer", &error);
         }
         drop(watch);
-        let turned = match turn {
-            Turn::Stop => return flow.drain(consumer.receiver(), feed),
-            Turn::Pause => {
-                paused = true;
-                flow.give_back(consumer.receiver(), feed)
-            }
-            Turn::Resume | Turn::End(_) => {
-                paused = false;
-                flow.keep(consumer.receiver(), feed)
-            }
+        let Some(next) = next else {
+            return flow.drain(consumer.receiver(), feed);
+        };
+        let turned = match paused {
+            true => flow.give_back(consumer.receiver(), feed),
+            false => flow.keep(consumer.receiver(), feed),
         };
         if let Err(end) = turned {
             return end;
         }
+        consumer = next;
     }
 }
 
@@ -151,8 +166,12 @@ fn subscribe<'a>(
     link: &Link,
     channel: &'a Channel,
     feed: &Feed<'_>,
-    prefetch: u16,
+    paused: bool,
 ) -> Result<Consumer<'a>, Cause> {
+    let prefetch = match paused {
+        true => PAUSED_PREFETCH.min(feed.consumer.prefetch),
+        false => feed.consumer.prefetch,
+    };
     let _watch = link.watch(CALL_WITHIN);
     let failed = |action: &str, error: &amiquip::Error| match link.timed_out() {
         true => Cause::new(Happening::Silent, format!("{action}: no answer in time")),

@@ -22,7 +22,7 @@ use lanes::Lanes;
 use super::connection::Dial;
 use super::consumer::PAUSED_PREFETCH;
 use super::publisher::{Fate, Limits, PublishError, Publisher, Seq};
-use super::topology;
+use super::topology::{self, WaysBack};
 use crate::backoff::Backoff;
 use crate::config::checked;
 use crate::message::Purpose;
@@ -37,6 +37,10 @@ const LIMITS: Limits = Limits {
 
 /// Longest wait for confirms before new copies are looked for.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Between two probes to a retry queue of which it is not known that it leads
+/// back: of several daemons each gets only its share of its own.
+const PROBE_EVERY: Duration = Duration::from_secs(2);
 
 /// How long a courier that ends waits for the confirms that are out.
 const LAST_CONFIRMS_WITHIN: Duration = Duration::from_secs(2);
@@ -69,6 +73,7 @@ impl Courier {
         first: usize,
         consumer: &checked::Consumer,
         backoff: Backoff,
+        ways_back: Arc<WaysBack>,
     ) -> std::io::Result<Self> {
         // What is out at a pause is at most what one subscription and its
         // follower may have, and a few.
@@ -81,6 +86,9 @@ impl Courier {
             consumer: Arc::new(consumer.clone()),
             backoff,
             lanes: Lanes::new(backoff),
+            ways_back,
+            probes: HashMap::new(),
+            next_probes: Instant::now(),
             orders,
             tell,
             publisher: None,
@@ -128,6 +136,11 @@ struct Clerk {
     consumer: Arc<checked::Consumer>,
     backoff: Backoff,
     lanes: Lanes,
+    ways_back: Arc<WaysBack>,
+    /// Probes to retry queues, by queue.
+    probes: HashMap<Seq, String>,
+    /// When probes go to the retry queues that are unproved.
+    next_probes: Instant,
     orders: Receiver<Copy>,
     tell: Sender<(u64, Delivered)>,
     publisher: Option<Publisher>,
@@ -154,7 +167,7 @@ impl Clerk {
 
     /// Takes what there is to send; waits for it when there is nothing to do.
     fn take_orders(&mut self) -> Result<(), Gone> {
-        if self.waiting.is_empty() && self.sent.is_empty() {
+        if self.waiting.is_empty() && self.sent.is_empty() && !self.is_proving() {
             match self.orders.recv() {
                 Ok(copy) => self.waiting.push_back(copy),
                 Err(_) => self.ending = true,
@@ -174,10 +187,13 @@ impl Clerk {
 
     fn work(&mut self) -> Result<(), Gone> {
         if !self.ending {
+            self.send_probes();
             self.send_due()?;
         }
         let lost = |publisher: &Publisher| publisher.lost().is_some();
-        let listening = !self.sent.is_empty() || self.publisher.as_ref().is_some_and(lost);
+        let listening = !self.sent.is_empty()
+            || !self.probes.is_empty()
+            || self.publisher.as_ref().is_some_and(lost);
         if !listening && !self.ending {
             // Nothing to listen for: a new order, or the end, or time passes.
             match self.orders.recv_timeout(self.until_due()) {
@@ -191,6 +207,9 @@ impl Clerk {
     }
 
     fn until_due(&self) -> Duration {
+        if self.is_proving() {
+            return LOOK_EVERY;
+        }
         let due = |copy: &Copy| self.lanes.trouble(copy.lane()).unwrap_or(self.not_before);
         // Without anything that waits, the next round waits for an order.
         let first = self.waiting.iter().map(due).min();
@@ -198,6 +217,52 @@ impl Clerk {
             let due = due.max(self.not_before);
             due.saturating_duration_since(Instant::now())
         })
+    }
+
+    fn is_proving(&self) -> bool {
+        self.ways_back.unproved().next().is_some()
+    }
+
+    /// Sends a probe to each retry queue that is unproved. What becomes of
+    /// them only their way back tells.
+    fn send_probes(&mut self) {
+        let now = Instant::now();
+        if !self.is_proving() || now < self.next_probes || now < self.not_before {
+            return;
+        }
+        self.next_probes = now + PROBE_EVERY;
+        if !self.connect() {
+            return;
+        }
+        for probe in self.ways_back.probes(&self.consumer) {
+            let Some(publisher) = &mut self.publisher else {
+                return;
+            };
+            let route = ("", probe.queue.as_str());
+            match publisher.publish_copy(route, probe.body, probe.properties) {
+                Ok(seq) => drop(self.probes.insert(seq, probe.queue)),
+                Err(error) => return self.fail(&error.to_string()),
+            }
+        }
+    }
+
+    /// Where a retry of step `wanted` waits: in its own queue, or else in the one
+    /// with the longest delay below it that is known to lead back.
+    fn proved_step(&self, wanted: usize) -> Option<usize> {
+        let consumer = &self.consumer;
+        let delay = |step: usize| consumer.retry.backoff.get(step).copied();
+        let is_proved = |step: &usize| {
+            delay(*step).is_some_and(|delay| {
+                self.ways_back
+                    .is_proved(&consumer.topology.retry_queue(delay))
+            })
+        };
+        if is_proved(&wanted) {
+            return Some(wanted);
+        }
+        (0..consumer.retry.backoff.len())
+            .filter(|step| delay(*step) <= delay(wanted) && is_proved(step))
+            .max_by_key(|step| delay(*step))
     }
 
     /// Sends what is due. A lane in trouble does not hold up the others.
@@ -216,9 +281,18 @@ impl Clerk {
             if alone || self.not_before > now {
                 break;
             }
-            let Some(copy) = self.waiting.pop_front() else {
+            let Some(mut copy) = self.waiting.pop_front() else {
                 break;
             };
+            if let LaneName::Retry(step) = copy.lane() {
+                match self.proved_step(step) {
+                    Some(step) => copy.wait_in(step),
+                    None => {
+                        self.waiting.push_back(copy);
+                        continue;
+                    }
+                }
+            }
             match in_trouble(&self.lanes, &copy) {
                 Some(due) if due > now => self.waiting.push_back(copy),
                 Some(_) if !self.sent.is_empty() => {
@@ -235,21 +309,33 @@ impl Clerk {
         Ok(())
     }
 
+    /// Sees to it that there is a publisher. False when there is none.
+    fn connect(&mut self) -> bool {
+        if self.publisher.is_some() {
+            return true;
+        }
+        let purpose = format!("{} publisher", self.consumer.name);
+        match Publisher::dial(self.dial(&purpose), LIMITS) {
+            Ok(publisher) => {
+                self.publisher = Some(publisher);
+                true
+            }
+            Err(error) => {
+                self.fail(&error.to_string());
+                false
+            }
+        }
+    }
+
     /// Sends one copy. False when no other can be sent now.
     fn send(&mut self, copy: Copy) -> Result<bool, Gone> {
-        let publisher = match &mut self.publisher {
-            Some(publisher) => publisher,
-            None => {
-                let purpose = format!("{} publisher", self.consumer.name);
-                match Publisher::dial(self.dial(&purpose), LIMITS) {
-                    Ok(publisher) => self.publisher.insert(publisher),
-                    Err(error) => {
-                        self.waiting.push_front(copy);
-                        self.fail(&error.to_string());
-                        return Ok(false);
-                    }
-                }
-            }
+        if !self.connect() {
+            self.waiting.push_front(copy);
+            return Ok(false);
+        }
+        let Some(publisher) = &mut self.publisher else {
+            self.waiting.push_front(copy);
+            return Ok(false);
         };
         let parts = copy.outgoing(&self.consumer, random::draw());
         let route = (parts.exchange.as_str(), parts.routing_key.as_str());
@@ -311,6 +397,14 @@ impl Clerk {
         let mut troubles: HashMap<LaneName, String> = HashMap::new();
         let mut unroutable = went_astray;
         for (seq, fate) in fates {
+            if let Some(queue) = self.probes.remove(&seq) {
+                match fate {
+                    Fate::Confirmed => self.ways_back.probed(&queue),
+                    Fate::Returned { .. } => unroutable = true,
+                    Fate::Nacked | Fate::Unknown => {}
+                }
+                continue;
+            }
             let Some(copy) = self.sent.remove(&seq) else {
                 continue;
             };

@@ -24,6 +24,8 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(5);
 pub struct Session {
     link: Link,
     channel: Channel,
+    /// Retry queues of which it is not known that they lead back.
+    unproved: Vec<String>,
 }
 
 /// Why there is no session.
@@ -64,13 +66,20 @@ impl Session {
     ) -> Result<Self, OpenError> {
         let mut link = dial.open().map_err(OpenError::Connect)?;
         let server = link.server();
-        if let Err(error) = topology::prepare(&mut link, dial.broker, consumer, proves, CALL_WITHIN)
-        {
-            link.abandon(());
-            return Err(OpenError::Topology { error, server });
-        }
+        let prepared = topology::prepare(&mut link, dial.broker, consumer, proves, CALL_WITHIN);
+        let unproved = match prepared {
+            Ok(unproved) => unproved,
+            Err(error) => {
+                link.abandon(());
+                return Err(OpenError::Topology { error, server });
+            }
+        };
         match link.open_channel(CALL_WITHIN) {
-            Ok(channel) => Ok(Self { link, channel }),
+            Ok(channel) => Ok(Self {
+                link,
+                channel,
+                unproved,
+            }),
             Err(error) => Err(OpenError::Link { error, server }),
         }
     }
@@ -85,8 +94,12 @@ impl Session {
     /// how much the broker was told.
     #[must_use]
     pub fn consume(self, feed: Feed<'_>) -> (End, u64) {
-        let Self { link, channel } = self;
-        let (end, settled) = consumer::run(&link, &channel, feed);
+        let Self {
+            link,
+            channel,
+            unproved,
+        } = self;
+        let (end, settled) = consumer::run(&link, &channel, feed, unproved);
         let closed = link.close_with(channel, CLOSE_WITHIN);
         let end = match (end, closed) {
             // Why a connection died, only its close can tell.

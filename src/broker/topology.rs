@@ -9,21 +9,26 @@
 mod error;
 mod parts;
 mod probe;
+mod unsafe_queue;
+mod way_back;
 
 use std::time::Duration;
 
 use amiquip::Channel;
 
 use super::connection::Link;
-use crate::config::checked::{Broker, Consumer, DeadLetters, QueueType, TopologyMode};
+use crate::config::checked::{Broker, Consumer, DeadLetters, TopologyMode};
 pub use error::TopologyError;
 use parts::Part;
 pub use probe::HEADER as PROBE_HEADER;
 pub(super) use probe::is_one as is_probe;
+pub(super) use unsafe_queue::{STREAM_HEADER, stream as stream_error};
+pub(super) use way_back::WaysBack;
 
 /// Everything that comes before consuming: makes what is needed, compares it or
 /// looks for it, and then proves that a dead letter has somewhere to go. Each
-/// call on the broker may take `within`. Leaves no channel open.
+/// call on the broker may take `within`. Leaves no channel open. Returns the
+/// retry queues of which it is not known that they lead back to the work queue.
 ///
 /// - `declare` makes everything. The binding of the dead-letter queue that the
 ///   broker has just confirmed is the proof.
@@ -31,12 +36,15 @@ pub(super) use probe::is_one as is_probe;
 ///   configured. AMQP shows no bindings: those of the work queue stay
 ///   unproved, that of the dead-letter queue is proved by a probe, for which
 ///   another connection to `broker` is opened.
-/// - `none` makes nothing and compares nothing. What is used must exist, and
-///   the probe goes where the daemon will publish dead letters.
+/// - `none` makes nothing and holds nothing to the configuration. What is used
+///   must exist, the work queue must be of a kind that can take messages back,
+///   and the probe goes where the daemon will publish dead letters. A retry
+///   queue that is as the daemon would make it leads back; of another one a
+///   probe must tell, while messages are consumed.
 ///
-/// A probe stands behind the dead letters that are there and is counted among
-/// them until its turn comes, so it is sent only when `proves`: once in the
-/// life of a daemon.
+/// A probe of dead letters stands behind those that are there and is counted
+/// among them until its turn comes, so it is sent only when `proves`: once in
+/// the life of a daemon.
 ///
 /// # Errors
 ///
@@ -47,25 +55,35 @@ pub fn prepare(
     consumer: &Consumer,
     proves: bool,
     within: Duration,
-) -> Result<(), TopologyError> {
+) -> Result<Vec<String>, TopologyError> {
     match consumer.topology.mode {
         TopologyMode::Declare => {
-            let parts = all(link, consumer, within)?;
-            declare_all(link, parts, within)
+            declare_again(link, consumer, within)?;
+            Ok(Vec::new())
         }
         TopologyMode::Verify => {
-            for part in all(link, consumer, within)? {
+            for part in parts::all(consumer, link.server_major()) {
                 find(link, &part, within)?;
-                compare(link, &part, within)?;
+                let weakness = compare(link, &part, within)?;
+                warn_of(consumer, &part, weakness);
             }
-            prove(link, broker, consumer, proves, within)
+            prove(link, broker, consumer, proves, within)?;
+            Ok(Vec::new())
         }
         TopologyMode::None => {
             for part in parts::used(consumer) {
                 find(link, &part, within)?;
             }
-            prove(link, broker, consumer, proves, within)
+            unsafe_queue::refuse(link, &consumer.topology.queue, within)?;
+            prove(link, broker, consumer, proves, within)?;
+            way_back::unproved(link, consumer, within)
         }
+    }
+}
+
+fn warn_of(consumer: &Consumer, part: &Part<'_>, weakness: Option<&str>) {
+    if let Some(weakness) = weakness {
+        log::warn!(consumer = consumer.name.as_str(); "{}: {weakness}", part.label());
     }
 }
 
@@ -94,10 +112,7 @@ pub fn declare_again(
     within: Duration,
 ) -> Result<(), TopologyError> {
     match consumer.topology.mode {
-        TopologyMode::Declare => {
-            let parts = all(link, consumer, within)?;
-            declare_all(link, parts, within)
-        }
+        TopologyMode::Declare => declare_all(link, consumer, within),
         TopologyMode::Verify | TopologyMode::None => Ok(()),
     }
 }
@@ -108,12 +123,14 @@ pub struct Inspection {
     /// What does not exist yet, and will be made.
     pub missing: Vec<String>,
     /// What only a start of the daemon can tell.
-    pub unproved: Option<String>,
+    pub unproved: Vec<String>,
+    /// What works and could lose a message.
+    pub weak: Vec<String>,
 }
 
 /// Compares what exists with the configuration. Makes nothing and sends
-/// nothing: where only a probe could prove that dead letters have somewhere to
-/// go, it says that this is unproved.
+/// nothing: where only a probe could prove that a message has somewhere to go,
+/// it says that this is unproved.
 ///
 /// # Errors
 ///
@@ -126,78 +143,65 @@ pub fn inspect(
 ) -> Result<Inspection, TopologyError> {
     let topology = &consumer.topology;
     let mut found = Inspection::default();
-    match topology.mode {
-        TopologyMode::Declare => {
-            for part in all(link, consumer, within)? {
-                match find(link, &part, within) {
-                    Ok(()) => compare(link, &part, within)?,
-                    Err(TopologyError::Missing { .. }) => found.missing.push(part.label()),
-                    Err(error) => return Err(error),
+    if topology.mode == TopologyMode::None {
+        for part in parts::used(consumer) {
+            find(link, &part, within)?;
+        }
+        if !unsafe_queue::refuse(link, &topology.queue, within)? {
+            found.unproved.push(unsafe_queue::unseen(&topology.queue));
+        }
+        let unproved = way_back::unproved(link, consumer, within)?.into_iter();
+        found.unproved.extend(unproved.map(|queue| {
+            format!(
+                "that what expires in queue {queue} comes back to queue {}, `ackonce run` proves \
+                 when it starts, by a probe",
+                topology.queue
+            )
+        }));
+    } else {
+        for part in parts::all(consumer, link.server_major()) {
+            match find(link, &part, within) {
+                Ok(()) => {
+                    let weakness = compare(link, &part, within)?;
+                    let weakness = weakness.map(|weakness| format!("{}: {weakness}", part.label()));
+                    found.weak.extend(weakness);
                 }
-            }
-            return Ok(found);
-        }
-        TopologyMode::Verify => {
-            for part in all(link, consumer, within)? {
-                find(link, &part, within)?;
-                compare(link, &part, within)?;
-            }
-        }
-        TopologyMode::None => {
-            for part in parts::used(consumer) {
-                find(link, &part, within)?;
+                Err(TopologyError::Missing { .. }) if topology.mode == TopologyMode::Declare => {
+                    found.missing.push(part.label());
+                }
+                Err(error) => return Err(error),
             }
         }
     }
-    let sends = match topology.dead_letters {
-        DeadLetters::Reject => "what the queue dead-letters",
-        DeadLetters::Publish => "what the daemon publishes",
-    };
-    found.unproved = Some(format!(
-        "that exchange {} leads {sends} to a queue, `ackonce run` proves when it starts: AMQP \
-         shows no bindings, and the check sends no probe",
-        topology.dead_letter_exchange
-    ));
+    if topology.mode != TopologyMode::Declare {
+        found.unproved.push(unproved_dead_letters(consumer));
+    }
     Ok(found)
 }
 
-/// Everything, and the dead-letter queue as it can be here: a quorum queue since
-/// RabbitMQ 4.0 drops what came back 20 times unless it is made without that
-/// limit, and every look at dead letters has them come back. One that was made
-/// before stays as it is.
-fn all<'a>(
-    link: &mut Link,
-    consumer: &'a Consumer,
-    within: Duration,
-) -> Result<Vec<Part<'a>>, TopologyError> {
-    let mut parts = parts::all(consumer);
-    let topology = &consumer.topology;
-    let has_limit = link.server_major().is_some_and(|major| major >= 4);
-    if !has_limit || topology.queue_type != QueueType::Quorum {
-        return Ok(parts);
-    }
-    let queue = topology.dead_letter_queue.as_str();
-    let unlimited = match find(link, &parts::unlimited(queue), within) {
-        Ok(()) => is_unlimited(link, queue, within),
-        Err(TopologyError::Missing { .. }) => true,
-        Err(error) => return Err(error),
+fn unproved_dead_letters(consumer: &Consumer) -> String {
+    let sends = match consumer.topology.dead_letters {
+        DeadLetters::Reject => "what the queue dead-letters",
+        DeadLetters::Publish => "what the daemon publishes",
     };
-    if unlimited {
-        let place = parts.iter_mut().find(|part| part.is_queue(queue));
-        place
-            .into_iter()
-            .for_each(|part| *part = parts::unlimited(queue));
-    }
-    Ok(parts)
+    format!(
+        "that exchange {} leads {sends} to a queue, `ackonce run` proves when it starts: AMQP \
+         shows no bindings, and the check sends no probe",
+        consumer.topology.dead_letter_exchange
+    )
 }
 
 /// Whether the quorum queue `queue`, which must exist, is known to keep what
 /// comes back any number of times: declared with the argument that says so. A
 /// limit that a policy took off is not known. Asks on a channel of its own.
 pub(super) fn is_unlimited(link: &mut Link, queue: &str, within: Duration) -> bool {
-    let part = parts::unlimited(queue);
-    let action = format!("compare {} with one without a delivery limit", part.label());
-    alone(link, &action, within, |channel| part.declare(channel)).is_ok()
+    let action = format!("compare queue {queue} with one without a delivery limit");
+    parts::unlimited().iter().any(|form| {
+        alone(link, &action, within, |channel| {
+            form.declare(channel, queue)
+        })
+        .is_ok()
+    })
 }
 
 /// Whether there is an exchange of this name.
@@ -215,26 +219,24 @@ pub(super) fn has_exchange(
     }
 }
 
-fn declare_all<'a>(
+fn declare_all(
     link: &mut Link,
-    parts: impl IntoIterator<Item = Part<'a>>,
+    consumer: &Consumer,
     within: Duration,
 ) -> Result<(), TopologyError> {
-    let mut parts = parts.into_iter().peekable();
-    if parts.peek().is_none() {
-        return Ok(());
-    }
-    let channel = open(link, "declare the topology", within)?;
-    let mut result = Ok(());
-    for part in parts {
+    let mut channel = open(link, "declare the topology", within)?;
+    for part in parts::all(consumer, link.server_major()) {
         let action = format!("declare {}", part.label());
-        result = watched(link, &action, within, || part.declare(&channel));
-        if result.is_err() {
-            break;
-        }
+        let declared = watched(link, &action, within, || part.declare(&channel));
+        let Err(error) = declared else { continue };
+        // The error has closed the channel.
+        close(link, channel, within);
+        let weakness = as_earlier(link, &part, within, error)?;
+        warn_of(consumer, &part, weakness);
+        channel = open(link, "declare the topology", within)?;
     }
     close(link, channel, within);
-    result
+    Ok(())
 }
 
 fn find(link: &mut Link, part: &Part<'_>, within: Duration) -> Result<(), TopologyError> {
@@ -242,13 +244,40 @@ fn find(link: &mut Link, part: &Part<'_>, within: Duration) -> Result<(), Topolo
     alone(link, &action, within, |channel| part.find(channel))
 }
 
-/// Declares what exists: the broker compares it, and changes nothing.
-fn compare(link: &mut Link, part: &Part<'_>, within: Duration) -> Result<(), TopologyError> {
+/// Declares what exists: the broker compares it, and changes nothing. Returns
+/// what a queue that an earlier version made does not do.
+fn compare(
+    link: &mut Link,
+    part: &Part<'_>,
+    within: Duration,
+) -> Result<Option<&'static str>, TopologyError> {
     if !part.is_comparable() {
-        return Ok(());
+        return Ok(None);
     }
     let action = format!("compare {} with the configuration", part.label());
-    alone(link, &action, within, |channel| part.declare(channel))
+    match alone(link, &action, within, |channel| part.declare(channel)) {
+        Ok(()) => Ok(None),
+        Err(error) => as_earlier(link, part, within, error),
+    }
+}
+
+/// What does not match today's form may match an earlier one; `error` where it
+/// does not.
+fn as_earlier(
+    link: &mut Link,
+    part: &Part<'_>,
+    within: Duration,
+    error: TopologyError,
+) -> Result<Option<&'static str>, TopologyError> {
+    if let (Part::Queue { name, .. }, TopologyError::Mismatch { .. }) = (part, &error) {
+        let action = format!("compare {} with earlier versions", part.label());
+        for form in part.earlier_forms() {
+            if alone(link, &action, within, |channel| form.declare(channel, name)).is_ok() {
+                return Ok(form.weakness);
+            }
+        }
+    }
+    Err(error)
 }
 
 /// Makes one call on a channel of its own, since an error closes the channel.

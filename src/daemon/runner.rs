@@ -169,6 +169,13 @@ impl Runner {
                 self.signs.pulse.connecting("a worker panicked");
                 Next::Restart
             }
+            End::Unfit(error) if is_first => return Err(Fatal::Config(error.to_string())),
+            End::Unfit(error) => {
+                let why = error.to_string();
+                let alike = memory.streak.failed(server, &why);
+                self.tell_lost(&why, alike, memory);
+                Next::Reconnect
+            }
             End::Lost(cause) => {
                 let why = cause.to_string();
                 let alike = memory.streak.failed(server, &why);

@@ -43,6 +43,7 @@ mod journal;
 mod keyed;
 mod least_privilege;
 mod metrics;
+mod moves;
 mod ops;
 mod parked;
 mod paused_workers;

@@ -1,5 +1,7 @@
 //! The deliveries of one connection: to the workers, and settled as they say.
 
+mod looks;
+
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,13 +15,14 @@ use crate::broker::connection::Link;
 use crate::broker::convert;
 use crate::broker::courier::{Copy, Courier, Delivered};
 use crate::broker::guard::RepairLog;
-use crate::broker::topology;
+use crate::broker::topology::{self, WaysBack};
 use crate::broker::window::{Order, Window};
 use crate::config::checked::{self, DeadLetters};
 use crate::failpoint::{self, Mutant, Step};
 use crate::lifecycle;
 use crate::message::{DeadReason, Delivery, Epoch, Parcel, Purpose, Settled, Settlement, Ticket};
 use crate::observe::metrics::Meter;
+use looks::PROBES_WITHIN;
 
 /// How long an ack out of turn is held back in the hope that the one before
 /// it comes, so that one frame says both.
@@ -70,6 +73,13 @@ pub(super) struct Flow<'a> {
     acks_due: Option<Instant>,
     /// Orders that were handed to the connection.
     settled: u64,
+    ways_back: Arc<WaysBack>,
+    /// When it is looked whether a probe can still come.
+    look_for_probes: Instant,
+    /// Looks in a row that found no reason for a probe to stay away.
+    looks: u32,
+    /// Whether the queue is known to be no stream.
+    is_no_stream: bool,
 }
 
 impl<'a> Flow<'a> {
@@ -77,14 +87,23 @@ impl<'a> Flow<'a> {
         link: &'a Link,
         channel: &'a Channel,
         feed: &Feed<'_>,
+        unproved: Vec<String>,
     ) -> std::io::Result<Self> {
+        let ways_back = Arc::new(WaysBack::new(unproved));
+        let courier = Courier::start(
+            feed.broker,
+            link.server(),
+            feed.consumer,
+            feed.backoff,
+            Arc::clone(&ways_back),
+        )?;
         Ok(Self {
             link,
             channel,
             epoch: feed.epoch,
             repairs: link.repairs(),
             window: Window::default(),
-            courier: Courier::start(feed.broker, link.server(), feed.consumer, feed.backoff)?,
+            courier,
             copying: HashSet::new(),
             meter: Arc::clone(&feed.signs.meter),
             publishes: feed.consumer.topology.dead_letters == DeadLetters::Publish,
@@ -92,6 +111,10 @@ impl<'a> Flow<'a> {
             kept: VecDeque::new(),
             acks_due: None,
             settled: 0,
+            ways_back,
+            look_for_probes: Instant::now() + PROBES_WITHIN,
+            looks: 0,
+            is_no_stream: false,
         })
     }
 
@@ -166,6 +189,7 @@ impl<'a> Flow<'a> {
             }
             self.offer_kept(feed);
             self.send_acks()?;
+            self.look_for_probes(feed)?;
             self.show(feed);
         }
     }
@@ -236,6 +260,12 @@ impl<'a> Flow<'a> {
                     self.conclude(tag, Settlement::Ack)?;
                     return Ok(None);
                 }
+                if self.ways_back.take(&delivery) {
+                    self.window.put(tag, Box::new(delivery));
+                    self.conclude(tag, Settlement::Ack)?;
+                    return Ok(None);
+                }
+                self.refuse_stream(&delivery, feed)?;
                 let repairs = self.repairs.take(self.channel.channel_id(), tag);
                 let message = convert::hollow_out(&mut delivery, repairs);
                 self.meter.received(message.redelivered);

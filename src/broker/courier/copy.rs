@@ -81,6 +81,11 @@ impl Copy {
         self.carries == Carries::Ours
     }
 
+    /// Makes a retry wait in the queue of another step.
+    pub(super) fn wait_in(&mut self, step: usize) {
+        self.parcel.purpose = Purpose::Retry(step);
+    }
+
     /// Which copies fail for the same reasons.
     pub(super) fn lane(&self) -> LaneName {
         match self.parcel.purpose {
@@ -140,10 +145,8 @@ impl Copy {
                 Parts {
                     exchange: String::new(),
                     routing_key: queue,
-                    properties: match consumer.retry.jitter_percent {
-                        0 => properties,
-                        _ => properties.with_expiration(expiration.as_millis().to_string()),
-                    },
+                    // A queue of others may have no limit of its own.
+                    properties: properties.with_expiration(expiration.as_millis().to_string()),
                 }
             }
             Purpose::DeadLetter(_) => Parts {

@@ -37,6 +37,30 @@ pub enum TopologyError {
         /// The dead-letter queue.
         queue: String,
     },
+    /// What expires in a retry queue does not come back to the work queue.
+    #[error(
+        "failed to find a way back from queue {retry}: what expired there did not come to queue \
+         {queue} within {within:?}, and nothing is left that could hold it\n  hint: make it with \
+         x-dead-letter-exchange = \"\", x-dead-letter-routing-key = \"{queue}\" and the delay in \
+         milliseconds as x-message-ttl, or set mode = \"declare\" in [consumer.topology] and the \
+         daemon does"
+    )]
+    NoWayBack {
+        /// The retry queue.
+        retry: String,
+        /// The work queue.
+        queue: String,
+        /// How long was waited.
+        within: Duration,
+    },
+    /// A queue of a kind that loses messages.
+    #[error("failed to accept queue {queue}: messages would be lost in it\n  hint: {why}")]
+    Unsafe {
+        /// The work queue.
+        queue: String,
+        /// Why, and the way out.
+        why: &'static str,
+    },
     /// The user lacks a right.
     #[error(
         "failed to {action}: {text}\n  hint: the daemon's user needs configure, write and read \
@@ -63,6 +87,9 @@ fn mismatch_hint(text: &str) -> &'static str {
         "a message rejected there would not come to the dead-letter queue: give the queue that \
          argument by making it anew, or set mode = \"none\" and dead_letters = \"publish\" in \
          [consumer.topology], and the daemon publishes dead letters itself"
+    } else if text.contains("exclusive access") {
+        "the queue belongs to one connection alone, and goes with it: have it made durable and \
+         not exclusive"
     } else {
         "change the configuration to match what exists, or delete what exists if it is empty and \
          unused"
@@ -75,7 +102,11 @@ impl TopologyError {
     #[must_use]
     pub fn is_config(&self) -> bool {
         match self {
-            Self::Mismatch { .. } | Self::Missing { .. } | Self::Nowhere { .. } => true,
+            Self::Mismatch { .. }
+            | Self::Missing { .. }
+            | Self::Nowhere { .. }
+            | Self::NoWayBack { .. }
+            | Self::Unsafe { .. } => true,
             Self::Denied { .. } | Self::Lost { .. } => false,
         }
     }
@@ -92,6 +123,7 @@ impl TopologyError {
                     }
                     406 => Self::Mismatch { action, text },
                     403 => Self::Denied { action, text },
+                    405 => Self::Mismatch { action, text },
                     _ => Self::Lost { action, text },
                 }
             }

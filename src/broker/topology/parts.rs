@@ -9,6 +9,38 @@ use crate::config::checked::{
     Binding, BindingArgument, Consumer, ExchangeType, QueueType, Topology,
 };
 
+/// What a queue can be declared with.
+#[derive(Debug, Clone)]
+pub(super) struct Form {
+    arguments: FieldTable,
+    /// What a queue of this form does not do, for humans.
+    pub(super) weakness: Option<&'static str>,
+}
+
+impl Form {
+    fn new(arguments: FieldTable) -> Self {
+        Self {
+            arguments,
+            weakness: None,
+        }
+    }
+
+    fn with(mut self, name: &str, value: AmqpValue) -> Self {
+        self.arguments.insert(name.to_owned(), value);
+        self
+    }
+
+    /// An active declaration: where the queue exists, the broker compares.
+    pub(super) fn declare(&self, channel: &Channel, queue: &str) -> amiquip::Result<()> {
+        let options = QueueDeclareOptions {
+            durable: true,
+            arguments: self.arguments.clone(),
+            ..QueueDeclareOptions::default()
+        };
+        channel.queue_declare(queue, options).map(drop)
+    }
+}
+
 /// One thing on the broker.
 #[derive(Debug)]
 pub(super) enum Part<'a> {
@@ -16,8 +48,9 @@ pub(super) enum Part<'a> {
     Queue {
         /// Its name.
         name: String,
-        /// What it is declared with.
-        arguments: FieldTable,
+        /// What it is made with, and then what earlier versions of the daemon
+        /// made it with: such a queue stays as it is. Never empty.
+        forms: Vec<Form>,
     },
     /// A durable exchange.
     Exchange {
@@ -51,22 +84,18 @@ impl Part<'_> {
         }
     }
 
-    /// Whether it is the queue of this name.
-    pub(super) fn is_queue(&self, queue: &str) -> bool {
-        matches!(self, Self::Queue { name, .. } if name == queue)
+    /// What earlier versions made it with.
+    pub(super) fn earlier_forms(&self) -> &[Form] {
+        match self {
+            Self::Queue { forms, .. } => &forms[1..],
+            Self::Exchange { .. } | Self::Binding { .. } => &[],
+        }
     }
 
     /// Makes it. Where it exists as it should be, nothing changes.
     pub(super) fn declare(&self, channel: &Channel) -> amiquip::Result<()> {
         match self {
-            Self::Queue { name, arguments } => {
-                let options = QueueDeclareOptions {
-                    durable: true,
-                    arguments: arguments.clone(),
-                    ..QueueDeclareOptions::default()
-                };
-                channel.queue_declare(name, options).map(drop)
-            }
+            Self::Queue { name, forms } => forms[0].declare(channel, name),
             Self::Exchange { name, kind } => {
                 let options = ExchangeDeclareOptions {
                     durable: true,
@@ -103,15 +132,13 @@ impl Part<'_> {
 }
 
 /// Everything, in the order in which it can be made: what another refers to
-/// comes first, so that no message finds half of it.
-pub(super) fn all(consumer: &Consumer) -> Vec<Part<'_>> {
+/// comes first, so that no message finds half of it. `major` is the broker's
+/// version.
+pub(super) fn all(consumer: &Consumer, major: Option<u32>) -> Vec<Part<'_>> {
     let topology = &consumer.topology;
     let mut parts = vec![
         dead_letter_exchange(topology),
-        Part::Queue {
-            name: topology.dead_letter_queue.clone(),
-            arguments: type_argument(topology),
-        },
+        dead_letter_queue(topology, major),
         Part::Binding {
             queue: &topology.dead_letter_queue,
             exchange: &topology.dead_letter_exchange,
@@ -136,16 +163,38 @@ pub(super) fn all(consumer: &Consumer) -> Vec<Part<'_>> {
     parts
 }
 
-/// A quorum queue that keeps what comes back any number of times. Not to be
-/// made before RabbitMQ 4.0, where -1 is a limit that drops what comes back
-/// once.
-pub(super) fn unlimited(queue: &str) -> Part<'static> {
+/// Quorum queues that keep what comes back any number of times. Not to be made
+/// before RabbitMQ 4.0, where -1 is a limit that drops what comes back once.
+pub(super) fn unlimited() -> [Form; 2] {
+    let unlimited = || {
+        let form = Form::new(FieldTable::from([(
+            "x-queue-type".to_owned(),
+            text("quorum"),
+        )]));
+        form.with("x-delivery-limit", AmqpValue::LongLongInt(-1))
+    };
+    [unlimited().with("x-overflow", text(REFUSES)), unlimited()]
+}
+
+/// `x-overflow` of every queue here: a policy that limits its length later has
+/// it refuse what comes, instead of dropping what it holds.
+const REFUSES: &str = "reject-publish";
+
+/// The dead-letter queue as it can be here: a quorum queue since RabbitMQ 4.0
+/// drops what came back 20 times unless it is made without that limit, and
+/// every look at dead letters has them come back.
+fn dead_letter_queue(topology: &Topology, major: Option<u32>) -> Part<'_> {
+    let has_limit = major.is_some_and(|major| major >= 4);
+    let mut forms = match topology.queue_type {
+        QueueType::Quorum if has_limit => unlimited().to_vec(),
+        QueueType::Quorum | QueueType::Classic => Vec::new(),
+    };
+    let plain = Form::new(type_argument(topology.queue_type));
+    forms.push(plain.clone().with("x-overflow", text(REFUSES)));
+    forms.push(plain);
     Part::Queue {
-        name: queue.to_owned(),
-        arguments: FieldTable::from([
-            ("x-queue-type".to_owned(), text("quorum")),
-            ("x-delivery-limit".to_owned(), AmqpValue::LongLongInt(-1)),
-        ]),
+        name: topology.dead_letter_queue.clone(),
+        forms,
     }
 }
 
@@ -166,7 +215,7 @@ pub(super) fn retry_queues(consumer: &Consumer) -> impl Iterator<Item = Part<'_>
     let delays = consumer.retry.delays().into_iter();
     delays.map(|delay| Part::Queue {
         name: topology.retry_queue(delay),
-        arguments: retry_arguments(topology, delay),
+        forms: retry_forms(topology, delay),
     })
 }
 
@@ -178,55 +227,71 @@ fn dead_letter_exchange(topology: &Topology) -> Part<'_> {
 }
 
 fn work_queue(topology: &Topology) -> Part<'_> {
-    let mut arguments = type_argument(topology);
-    insert_dead_lettering(&mut arguments, topology, &topology.dead_letter_exchange);
-    if let (QueueType::Quorum, Some(limit)) = (topology.queue_type, topology.delivery_limit) {
-        let limit = AmqpValue::LongLongInt(i64::from(limit));
-        arguments.insert("x-delivery-limit".to_owned(), limit);
-    }
+    let mut arguments = type_argument(topology.queue_type);
+    let exchange = text(&topology.dead_letter_exchange);
+    arguments.insert("x-dead-letter-exchange".to_owned(), exchange);
+    let bare = Form::new(arguments);
+    let forms = match topology.queue_type {
+        QueueType::Classic => vec![bare.clone().with("x-overflow", text(REFUSES)), bare],
+        QueueType::Quorum => {
+            let form = at_least_once(bare);
+            vec![match topology.delivery_limit {
+                Some(limit) => {
+                    form.with("x-delivery-limit", AmqpValue::LongLongInt(i64::from(limit)))
+                }
+                None => form,
+            }]
+        }
+    };
     Part::Queue {
         name: topology.queue.clone(),
-        arguments,
+        forms,
     }
 }
 
-/// Whatever expires there goes straight back to the work queue.
+/// Whatever expires there goes straight back to the work queue. A quorum queue
+/// of whatever type the work queue is: it alone keeps a message until the work
+/// queue has confirmed it.
 ///
 /// What is sent there must have no `x-death` header: RabbitMQ 3.10 believes it,
 /// whoever wrote it, and drops without a word what expires here and by that
 /// header was in the work queue before and left it by its delivery limit, its
 /// length limit or its age. 4.3 goes by what it saw itself.
-fn retry_arguments(topology: &Topology, delay: Duration) -> FieldTable {
-    let mut arguments = type_argument(topology);
-    insert_dead_lettering(&mut arguments, topology, "");
-    arguments.insert(
-        "x-dead-letter-routing-key".to_owned(),
-        text(&topology.queue),
-    );
+fn retry_forms(topology: &Topology, delay: Duration) -> Vec<Form> {
     let ttl = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX);
-    arguments.insert("x-message-ttl".to_owned(), AmqpValue::LongLongInt(ttl));
-    arguments
-}
-
-fn insert_dead_lettering(arguments: &mut FieldTable, topology: &Topology, exchange: &str) {
-    arguments.insert("x-dead-letter-exchange".to_owned(), text(exchange));
-    if topology.queue_type == QueueType::Quorum {
-        // A message leaves a quorum queue for another one only when that one
-        // has confirmed it; this needs reject-publish. While it can be routed
-        // nowhere, the queue keeps it and tries again: seen on 3.10 and 4.3
-        // with a dead-letter queue that was deleted and made again, where the
-        // message came after at most the broker's three minutes. Meanwhile
-        // the work queue does not count it.
-        arguments.insert("x-dead-letter-strategy".to_owned(), text("at-least-once"));
-        arguments.insert("x-overflow".to_owned(), text("reject-publish"));
+    let of_type = |queue_type| {
+        Form::new(type_argument(queue_type))
+            .with("x-dead-letter-exchange", text(""))
+            .with("x-dead-letter-routing-key", text(&topology.queue))
+            .with("x-message-ttl", AmqpValue::LongLongInt(ttl))
+    };
+    let mut forms = vec![at_least_once(of_type(QueueType::Quorum))];
+    if topology.queue_type == QueueType::Classic {
+        forms.push(Form {
+            weakness: Some(
+                "it is a classic queue, as earlier versions made them: what comes to the end of \
+                 its delay while the work queue refuses messages is dropped; delete it while it is \
+                 empty, and the daemon makes one that keeps them",
+            ),
+            ..of_type(QueueType::Classic)
+        });
     }
+    forms
 }
 
-fn type_argument(topology: &Topology) -> FieldTable {
-    FieldTable::from([(
-        "x-queue-type".to_owned(),
-        text(topology.queue_type.as_str()),
-    )])
+/// A message leaves a quorum queue for another one only when that one has
+/// confirmed it; this needs reject-publish. While it can be routed nowhere or
+/// is refused, the queue keeps it and tries again: seen on 3.10 and 4.3 with a
+/// queue that was deleted and made again, and with one that was full for a
+/// while, where the message came after at most the broker's three minutes.
+/// Meanwhile the queue does not count it.
+fn at_least_once(form: Form) -> Form {
+    form.with("x-dead-letter-strategy", text("at-least-once"))
+        .with("x-overflow", text(REFUSES))
+}
+
+fn type_argument(queue_type: QueueType) -> FieldTable {
+    FieldTable::from([("x-queue-type".to_owned(), text(queue_type.as_str()))])
 }
 
 fn text(value: &str) -> AmqpValue {

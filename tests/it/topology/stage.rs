@@ -47,6 +47,7 @@ impl Stage {
             true,
             DEADLINE,
         )
+        .map(drop)
     }
 
     pub fn inspect(&mut self, consumer: Consumer) -> Result<Inspection, TopologyError> {
