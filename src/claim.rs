@@ -2,9 +2,12 @@
 //! are known to be done. The only file that knows Redis.
 //!
 //! A hint, never the truth: every answer may be missing, and losing all of
-//! Redis costs speed alone. A key is
-//! `PREFIX:LEDGER_ID:CONSUMER:MESSAGE_ID`; its value is `c:TOKEN` while
-//! somebody works on the id and `d:FINGERPRINT` once it is in the ledger.
+//! Redis costs speed alone. A key is `PREFIX:NAME:CONSUMER:MESSAGE_ID`, with
+//! the [`Marks`]' name; its value is `c:TOKEN` while somebody works on the id,
+//! and a mark once it is in the ledger. What Redis says is not believed for its
+//! own sake: a mark is signed with the ledger's secret, for this id and body, for
+//! this server and for a time; whatever is no such mark has the ledger asked. A
+//! claim is not waited for any longer than one can last that is not renewed.
 //!
 //! A worker that Redis fails leaves it for the whole consumer ([`Switches`]).
 //! From then on nobody asks but the consumer's [`Renewer`], which finds out
@@ -17,13 +20,14 @@ mod switches;
 pub mod desk;
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use redis::{Pipeline, Value};
 
 use crate::config::checked;
 use crate::message::{Fingerprint, MessageId, hex};
 use crate::observe::metrics::Meter;
+use crate::seal::Marks;
 use link::{Link, NO_ANSWER};
 
 pub use renewal::Renewer;
@@ -41,8 +45,8 @@ pub enum Claim {
     Won,
     /// Somebody else works on it.
     Held,
-    /// It is in the ledger, with this fingerprint.
-    Done(Fingerprint),
+    /// It is in the ledger, with this body.
+    Done,
     /// Redis cannot say, for this id: the ledger alone decides.
     Unknown,
 }
@@ -102,18 +106,18 @@ type Shelf = Arc<Mutex<Vec<Held>>>;
 pub struct Claims {
     link: Link,
     config: checked::Claim,
+    retention: Duration,
     prefix: String,
     consumer: String,
-    ledger_id: Arc<str>,
-    /// What every key begins with.
-    stem: String,
+    /// With what every key begins; nothing is asked before that is known.
+    marks: Option<(Marks, String)>,
     tokens: Tokens,
     shelf: Shelf,
 }
 
 impl Claims {
-    /// Those of a consumer's `workers`, which share its [`Switches`]. Does not
-    /// connect yet.
+    /// Those of a consumer's `workers`, which share its [`Switches`], with a
+    /// ledger whose rows live for `retention`. Does not connect yet.
     ///
     /// # Errors
     ///
@@ -121,29 +125,29 @@ impl Claims {
     pub fn for_workers(
         workers: usize,
         redis: &checked::Redis,
-        claim: &checked::Claim,
-        consumer: &str,
+        consumer: &checked::Consumer,
+        retention: Duration,
         meter: &Arc<Meter>,
     ) -> anyhow::Result<Vec<Self>> {
-        let switches = Arc::new(Switches::new(consumer).shown_on(meter));
+        let switches = Arc::new(Switches::new(&consumer.name).shown_on(meter));
         (0..workers)
-            .map(|_| Self::new(redis, claim, consumer, &switches))
+            .map(|_| Self::new(redis, consumer, retention, &switches))
             .collect()
     }
 
     fn new(
         redis: &checked::Redis,
-        claim: &checked::Claim,
-        consumer: &str,
+        consumer: &checked::Consumer,
+        retention: Duration,
         switches: &Arc<Switches>,
     ) -> anyhow::Result<Self> {
         Ok(Self {
             link: Link::new(redis, switches)?,
-            config: claim.clone(),
+            config: consumer.claim.clone(),
+            retention,
             prefix: redis.key_prefix.clone(),
-            consumer: consumer.to_owned(),
-            ledger_id: "".into(),
-            stem: String::new(),
+            consumer: consumer.name.clone(),
+            marks: None,
             tokens: Tokens::new()?,
             shelf: Shelf::default(),
         })
@@ -155,20 +159,22 @@ impl Claims {
         &self.link.switches
     }
 
-    /// The ledger whose marks are believed: a mark of any other lies under
-    /// another key.
-    pub fn set_ledger(&mut self, ledger_id: &Arc<str>) {
-        if self.ledger_id != *ledger_id {
-            self.ledger_id = Arc::clone(ledger_id);
-            self.stem = format!("{}:{ledger_id}:{}:", self.prefix, self.consumer);
+    /// The ledger whose marks are made and believed: those of any other lie
+    /// under other keys.
+    pub fn set_ledger(&mut self, marks: &Marks) {
+        if self.marks.as_ref().is_none_or(|(known, _)| known != marks) {
+            let stem = stem(&self.prefix, marks, &self.consumer);
+            self.marks = Some((marks.clone(), stem));
         }
     }
 
-    /// Claims `ids`, in one pipeline. `None` when Redis cannot be asked, or is
-    /// not asked because it is away.
-    pub fn claim(&mut self, ids: &[&MessageId]) -> Option<(Token, Vec<Claim>)> {
+    /// Claims the ids of `wanted`, in one pipeline, and another one for those
+    /// that somebody holds. `None` when Redis cannot be asked, or is not asked
+    /// because it is away.
+    pub fn claim(&mut self, wanted: &[(&MessageId, Fingerprint)]) -> Option<(Token, Vec<Claim>)> {
+        let (marks, stem) = self.marks.as_ref()?;
         let token = self.tokens.next();
-        let keys: Vec<String> = ids.iter().map(|id| self.key(id)).collect();
+        let keys: Vec<String> = wanted.iter().map(|(id, _)| key(stem, id)).collect();
         let mut pipeline = Pipeline::with_capacity(keys.len());
         let (value, lease) = (token.value(), milliseconds(self.config.lease));
         for key in &keys {
@@ -182,7 +188,16 @@ impl Claims {
         if answers.iter().any(|answer| !is_value(answer)) {
             self.link.give_up_now(NO_ANSWER);
         }
-        let claims: Vec<Claim> = answers.iter().map(|a| read(a, &value)).collect();
+        let now = seconds(SystemTime::now());
+        let is_mark = |value: &[u8], (id, print): &(&MessageId, Fingerprint)| {
+            marks.is_mark(value, &self.consumer, id, *print, now)
+        };
+        let mut claims: Vec<Claim> = answers
+            .iter()
+            .zip(wanted)
+            .map(|(answer, one)| read(answer, &value, |value| is_mark(value, one)))
+            .collect();
+        self.doubt_long_ones(&keys, &mut claims);
         let won: Vec<String> = keys
             .into_iter()
             .zip(&claims)
@@ -199,33 +214,68 @@ impl Claims {
         Some((token, claims))
     }
 
-    /// Marks ids as done. To be called only for what the ledger has committed.
-    pub fn mark_done(&mut self, done: &[(&MessageId, Fingerprint)]) {
-        if done.is_empty() {
+    /// A worker's claim ends within the lease, unless it is renewed. One that
+    /// would last longer, or for ever, is none of a worker's: it is cut to the
+    /// lease and not waited for.
+    fn doubt_long_ones(&mut self, keys: &[String], claims: &mut [Claim]) {
+        let held = |claims: &mut [Claim]| -> Vec<usize> {
+            let numbered = claims.iter().enumerate();
+            let held = numbered.filter(|(_, claim)| **claim == Claim::Held);
+            held.map(|(number, _)| number).collect()
+        };
+        let held = held(claims);
+        if held.is_empty() {
             return;
         }
+        let mut pipeline = Pipeline::with_capacity(held.len());
+        for number in &held {
+            let expire = pipeline.cmd("PEXPIRE").arg(&keys[*number]);
+            expire.arg(milliseconds(self.config.lease)).arg("LT");
+        }
+        let Some(cut) = self.link.query(&pipeline) else {
+            return;
+        };
+        for (number, cut) in held.into_iter().zip(cut) {
+            if cut != Value::Int(0) {
+                claims[number] = Claim::Unknown;
+            }
+        }
+    }
+
+    /// Marks ids as done, each with its body and the age of its ledger row: no
+    /// mark outlives that. To be called only for what the ledger has committed.
+    pub fn mark_done(&mut self, done: &[(&MessageId, Fingerprint, Duration)]) {
+        let Some((marks, stem)) = self.marks.as_ref().filter(|_| !done.is_empty()) else {
+            return;
+        };
         let mut pipeline = Pipeline::with_capacity(done.len());
-        let ttl = milliseconds(self.config.done_ttl);
-        for (id, print) in done {
-            let mark = ["d:", &hex(&print.0)].concat();
-            let set = pipeline.cmd("SET").arg(self.key(id)).arg(mark);
-            set.arg("PX").arg(ttl);
+        let now = SystemTime::now();
+        for (id, print, age) in done {
+            let ttl = self
+                .config
+                .done_ttl
+                .min(self.retention.saturating_sub(*age));
+            let expires = now.checked_add(ttl).map_or(0, seconds);
+            let set = pipeline.cmd("SET").arg(key(stem, id));
+            set.arg(marks.mark(&self.consumer, id, *print, expires));
+            // Zero is refused, and one that is over is no mark.
+            set.arg("PX").arg(milliseconds(ttl).max(1));
         }
         self.link.query(&pipeline);
     }
 
     /// Gives claims back that are still the ones made with `token`.
     pub fn release(&mut self, token: &Token, ids: &[&MessageId]) {
-        if ids.is_empty() {
+        let Some((_, stem)) = self.marks.as_ref().filter(|_| !ids.is_empty()) else {
             return;
-        }
+        };
         let mut pipeline = Pipeline::with_capacity(ids.len());
         for id in ids {
             pipeline
                 .cmd("EVAL")
                 .arg(RELEASE)
                 .arg(1)
-                .arg(self.key(id))
+                .arg(key(stem, id))
                 .arg(token.value());
         }
         self.link.query(&pipeline);
@@ -235,10 +285,21 @@ impl Claims {
     pub fn finish(&mut self, token: &Token) {
         lock(&self.shelf).retain(|held| held.token != *token);
     }
+}
 
-    fn key(&self, id: &MessageId) -> String {
-        [self.stem.as_str(), id.as_str()].concat()
-    }
+/// What every key of a consumer begins with.
+fn stem(prefix: &str, marks: &Marks, consumer: &str) -> String {
+    format!("{prefix}:{}:{consumer}:", marks.name())
+}
+
+fn key(stem: &str, id: &MessageId) -> String {
+    [stem, id.as_str()].concat()
+}
+
+/// Since 1970; 0 before.
+fn seconds(at: SystemTime) -> u64 {
+    at.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// What `ackonce check` asks Redis for.
@@ -305,7 +366,7 @@ fn is_value(answer: &Value) -> bool {
 }
 
 /// `mine` is the value that was to be set.
-fn read(answer: &Value, mine: &str) -> Claim {
+fn read(answer: &Value, mine: &str, is_mark: impl Fn(&[u8]) -> bool) -> Claim {
     let value = match answer {
         Value::Nil => return Claim::Won,
         Value::BulkString(value) => value.as_slice(),
@@ -315,11 +376,11 @@ fn read(answer: &Value, mine: &str) -> Claim {
         // Asked for twice, because the connection was lost in between.
         return Claim::Won;
     }
-    match value.strip_prefix(b"d:").and_then(unhex) {
-        Some(print) => Claim::Done(print),
-        None if value.starts_with(b"c:") => Claim::Held,
+    match value {
+        value if value.starts_with(b"c:") => Claim::Held,
+        value if is_mark(value) => Claim::Done,
         // Not ours. What waited for it to go might wait for ever.
-        None => Claim::Unknown,
+        _ => Claim::Unknown,
     }
 }
 
@@ -331,36 +392,15 @@ fn lock(shelf: &Shelf) -> std::sync::MutexGuard<'_, Vec<Held>> {
     shelf.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn unhex(text: &[u8]) -> Option<Fingerprint> {
-    let mut print = [0; 32];
-    if text.len() != 64 {
-        return None;
-    }
-    for (byte, pair) in print.iter_mut().zip(text.chunks_exact(2)) {
-        let pair = std::str::from_utf8(pair).ok()?;
-        *byte = u8::from_str_radix(pair, 16).ok()?;
-    }
-    Some(Fingerprint(print))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn only_a_whole_mark_is_a_mark() {
-        let print = Fingerprint([0xA5; 32]);
-        let mark = format!("d:{}", hex(&print.0));
-        let read = |value: &str| read(&Value::BulkString(value.into()), "c:mine");
-        assert_eq!(read(&mark), Claim::Done(print));
-        for other in ["d:", "d:a5", "", "done", &mark[1..], &mark[..65]] {
-            assert_eq!(read(other), Claim::Unknown, "{other:?}");
-        }
-    }
-
-    #[test]
     fn what_stands_there_already_is_ours_or_anothers() {
-        let read = |value: &Value| read(value, "c:mine");
+        let read = |value: &Value| read(value, "c:mine", |value| value == b"d:ours");
+        assert_eq!(read(&Value::BulkString(b"d:ours".into())), Claim::Done);
+        assert_eq!(read(&Value::BulkString(b"d:other".into())), Claim::Unknown);
         assert_eq!(read(&Value::Nil), Claim::Won);
         assert_eq!(read(&Value::BulkString(b"c:mine".into())), Claim::Won);
         assert_eq!(read(&Value::BulkString(b"c:mine2".into())), Claim::Held);

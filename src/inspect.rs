@@ -272,7 +272,7 @@ fn postgres_schema(
              ('ackonce.claim', 'SELECT'), ('ackonce.claim', 'INSERT'), \
              ('ackonce.claim', 'UPDATE'), ('ackonce.claim', 'DELETE'), \
              ('ackonce.sweep', 'SELECT'), ('ackonce.sweep', 'INSERT'), \
-             ('ackonce.sweep', 'UPDATE'), ('ackonce.instance', 'SELECT'), \
+             ('ackonce.sweep', 'UPDATE'), ('ackonce.instance', 'SELECT'), ('ackonce.secret', 'SELECT'), \
              ('ackonce.consumer', 'SELECT'), ('ackonce.consumer', 'INSERT'), \
              ('ackonce.migration', 'SELECT')) AS needed (relation, privilege) \
              WHERE NOT has_table_privilege(relation, privilege)",

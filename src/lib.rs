@@ -25,7 +25,7 @@
 //!
 //! | floor | rooms | they must not |
 //! |---|---|---|
-//! | data and rules | [`message`], [`lifecycle`], [`failure`], [`identity`], [`backoff`], [`config::checked`], [`broker::window`] | do I/O |
+//! | data and rules | [`message`], [`lifecycle`], [`failure`], [`identity`], [`seal`], [`backoff`], [`config::checked`], [`broker::window`] | do I/O |
 //! | tools | [`stop`], [`random`], [`failpoint`], [`flights`], [`gate`], [`postgres`], [`trust`] | know what a message means |
 //! | adapters | [`broker`], [`claim`], [`ledger`], [`handler`] | know one another |
 //! | work | [`pipeline`], [`pool`], [`inspect`], [`prune`], [`why`], [`dead_letter`] | name AMQP or Redis types |
@@ -87,6 +87,8 @@ pub mod postgres;
 pub mod prune;
 #[doc(hidden)]
 pub mod random;
+#[doc(hidden)]
+pub mod seal;
 #[doc(hidden)]
 pub mod stop;
 #[doc(hidden)]

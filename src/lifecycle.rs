@@ -96,8 +96,9 @@ pub enum Event {
     ClaimHeld,
     /// Redis did not answer, is switched off, or is not to be trusted alone.
     ClaimUnavailable,
-    /// Redis carries this ledger's mark that the id is applied.
-    MarkedDone(Body),
+    /// Redis carries this ledger's mark that the id is applied with this body.
+    /// Any other mark is none: the ledger decides.
+    MarkedDone,
     /// A parked delivery is due.
     LookAgain,
     /// The delivery it joined was found applied, or is applied and committed.
@@ -263,8 +264,7 @@ fn claiming(event: Event) -> Option<Step> {
     match event {
         Event::ClaimWon | Event::ClaimUnavailable => Some((State::Recording, &[Action::Record])),
         Event::ClaimHeld => Some((State::Parked, &[Action::Park])),
-        Event::MarkedDone(Body::Same) => Some(acked()),
-        Event::MarkedDone(Body::Other) => Some(dead(DeadReason::IdConflict)),
+        Event::MarkedDone => Some(acked()),
         Event::Stopping => Some(released()),
         never![
             LeaseWon LeaseHeld LeaseLost

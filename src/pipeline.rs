@@ -34,7 +34,7 @@ use crate::gate::Gate;
 use crate::handler::Transactional;
 use crate::handler::rust::Makers;
 use crate::ledger::Ledger;
-use crate::lifecycle::{Body, Event};
+use crate::lifecycle::Event;
 use crate::message::{Delivery, MessageId, Settled};
 use crate::observe::Signs;
 use crate::random;
@@ -361,7 +361,7 @@ impl Worker {
         for (_, mut item) in due {
             let id = item.id.as_ref().map_or("", MessageId::as_str);
             let known = found.get(id);
-            match known.map(|print| item.compare(*print)) {
+            match known.map(|row| item.compare(row.fingerprint)) {
                 Some(body) => self.advance(item, Event::Found(body)),
                 None if held.contains(id) => self.parked.push((recheck_at, item)),
                 None => {
@@ -405,16 +405,17 @@ impl Worker {
                     item.on(Event::ClaimUnavailable);
                     recording.push(item);
                 }
-                Claim::Done(_) if self.must_confirm(&item) => {
+                Claim::Held if item.since.elapsed() > self.claim_lasts() => {
                     item.on(Event::ClaimUnavailable);
                     recording.push(item);
                 }
-                Claim::Done(print) => {
-                    let body = item.compare(print);
-                    self.advance(item, Event::MarkedDone(body));
+                Claim::Done if self.must_confirm(&item) => {
+                    item.on(Event::ClaimUnavailable);
+                    recording.push(item);
                 }
+                Claim::Done => self.advance(item, Event::MarkedDone),
                 Claim::Held if failpoint::mutant(Mutant::HeldClaim) => {
-                    self.advance(item, Event::MarkedDone(Body::Same));
+                    self.advance(item, Event::MarkedDone);
                 }
                 Claim::Held => self.advance(item, Event::ClaimHeld),
             }
@@ -429,12 +430,20 @@ impl Worker {
         self.shared.consumer.confirm_duplicates || item.delivery.message.replayed
     }
 
+    /// How long a claim in Redis is waited for: what looks alive for longer may
+    /// be nobody's, and where it is somebody's the ledger knows.
+    fn claim_lasts(&self) -> Duration {
+        self.shared.consumer.claim.lease * 2
+    }
+
     fn ask_redis(&mut self, items: &[Item]) -> Option<(Token, Vec<Claim>)> {
         let claims = self.claims.as_mut()?;
         // Without a ledger there is no telling whose marks to believe.
-        let registration = self.ledger.connect().ok()?;
-        claims.set_ledger(&registration.ledger_id);
-        let ids: Vec<&MessageId> = items.iter().filter_map(|item| item.id.as_ref()).collect();
-        claims.claim(&ids)
+        claims.set_ledger(self.ledger.marks().ok()?);
+        let wanted: Vec<_> = items
+            .iter()
+            .filter_map(|item| Some((item.id.as_ref()?, item.fingerprint)))
+            .collect();
+        claims.claim(&wanted)
     }
 }

@@ -121,8 +121,8 @@ fn claims(
     Claims::for_workers(
         consumer.workers,
         redis,
-        &consumer.claim,
-        &consumer.name,
+        consumer,
+        config.ledger.retention,
         &signs.meter,
     )
 }

@@ -614,9 +614,7 @@ fn a_handler_called_before_its_claim_is_committed_is_caught() {
 fn a_held_claim_treated_as_a_duplicate_is_caught() {
     let mutant = Protocol {
         step: |state, event| match (state, event) {
-            (State::Claiming, Event::ClaimHeld) => {
-                lifecycle::step(state, Event::MarkedDone(Body::Same))
-            }
+            (State::Claiming, Event::ClaimHeld) => lifecycle::step(state, Event::MarkedDone),
             _ => lifecycle::step(state, event),
         },
         ..REAL

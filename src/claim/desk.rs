@@ -6,9 +6,10 @@ use std::time::Duration;
 use redis::{Connection, Script, Value};
 
 use super::link::{Way, describe};
-use super::{Claim, Tokens, milliseconds, read};
+use super::{Claim, Tokens, key, milliseconds, read, stem};
 use crate::config::checked;
 use crate::message::MessageId;
+use crate::seal::Marks;
 
 /// Puts our claim on a key, in the place of a mark or of nothing. 0 when
 /// somebody else holds it.
@@ -39,7 +40,7 @@ pub struct Seized {
 }
 
 impl Inspector {
-    /// Connects. Its keys are those of the ledger with the id `ledger_id`.
+    /// Connects. Its keys are those of the ledger with these `marks`.
     ///
     /// # Errors
     ///
@@ -47,14 +48,14 @@ impl Inspector {
     pub fn open(
         redis: &checked::Redis,
         consumer: &checked::Consumer,
-        ledger_id: &str,
+        marks: &Marks,
     ) -> anyhow::Result<Self> {
         let connection = Way::new(redis)?
             .connect(redis.timeout)
             .map_err(|error| anyhow::anyhow!(describe(&error, redis.timeout)))?;
         Ok(Self {
             connection,
-            stem: format!("{}:{ledger_id}:{}:", redis.key_prefix, consumer.name),
+            stem: stem(&redis.key_prefix, marks, &consumer.name),
             lease: consumer.claim.lease,
             tokens: Tokens::new()?,
         })
@@ -71,10 +72,10 @@ impl Inspector {
         }
         let mut command = redis::cmd("MGET");
         for id in ids {
-            command.arg(self.key(id));
+            command.arg(key(&self.stem, id));
         }
         let values: Vec<Value> = command.query(&mut self.connection)?;
-        let held = |value: &Value| read(value, "") == Claim::Held;
+        let held = |value: &Value| read(value, "", |_| false) == Claim::Held;
         Ok(values.iter().map(held).collect())
     }
 
@@ -87,7 +88,7 @@ impl Inspector {
     /// As [`Self::held`].
     pub fn seize(&mut self, id: &MessageId) -> anyhow::Result<Option<Seized>> {
         let seized = Seized {
-            key: self.key(id),
+            key: key(&self.stem, id),
             value: self.tokens.next().value(),
         };
         let won: i64 = Script::new(SEIZE)
@@ -110,9 +111,5 @@ impl Inspector {
             .arg(&seized.value)
             .invoke(&mut self.connection)?;
         Ok(())
-    }
-
-    fn key(&self, id: &MessageId) -> String {
-        [self.stem.as_str(), id.as_str()].concat()
     }
 }

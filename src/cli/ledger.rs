@@ -41,8 +41,9 @@ enum Command {
 /// Arguments of `ackonce ledger prune`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "A duplicate of a message whose ledger row is deleted is a new message. The \
-reason of a dead letter that was never applied is kept ten times as long as the rest. Ctrl-C \
+    after_help = "A duplicate of a message whose ledger row is deleted is a new message. \
+What is deleted before the retention's end is forgotten in Redis too, which needs the role that \
+owns the schema. The reason of a dead letter that was never applied is kept ten times as long as the rest. Ctrl-C \
 stops between two batches.\n\nExit status: 0 done, 1 stopped before the end, 2 bad arguments, \
 69 PostgreSQL cannot be reached, 75 somebody else prunes, 77 denied, 78 bad configuration."
 )]
@@ -115,6 +116,13 @@ fn prune(arguments: &PruneArguments) -> Result<Exit, Exit> {
     terminal::interruptible(move |stop| prune_until(stop, &config, older_than, dry_run))
 }
 
+/// Marks in Redis that speak of rows which go before their time count no more.
+/// A worker may believe them for [`ledger::MARKS_FRESH`] after this.
+fn forget_marks(config: &Config) -> Result<(), Exit> {
+    let mut session = Session::open(&config.postgres, "prune").map_err(|e| report(&e))?;
+    ledger::forget_marks(&mut session).map_err(|e| report(&e))
+}
+
 fn prune_until(
     stop: &Stop,
     config: &Config,
@@ -132,7 +140,16 @@ fn prune_until(
         true => prune::count,
         false => prune::delete,
     };
+    let early = older_than < retention && !dry_run;
+    // Before, so that nothing is deleted by who may not do this afterwards.
+    if early {
+        forget_marks(config)?;
+    }
     let round = act(&mut sweeper, &config.ledger, older_than, stop).map_err(|e| report(&e))?;
+    if early {
+        forget_marks(config)?;
+        std::thread::sleep(ledger::MARKS_FRESH);
+    }
     let (counts, exit) = match round {
         Round::Through(counts) => (counts, Exit::Success),
         Round::Stopped(counts) => (counts, Exit::Partial),

@@ -44,7 +44,7 @@ impl<'a> Lookout<'a> {
         consumer: &'a checked::Consumer,
         known: &Registration,
     ) -> Self {
-        let open = |redis| Inspector::open(redis, consumer, &known.ledger_id);
+        let open = |redis| Inspector::open(redis, consumer, &known.marks);
         let claims = match config.redis.as_ref().map(open).transpose() {
             Ok(claims) => claims,
             Err(error) => {

@@ -34,7 +34,7 @@ use std::time::Duration;
 
 use sqlx::PgConnection;
 
-use super::{Ledger, look_up};
+use super::{Applied, Ledger, look_up};
 use crate::message::{Fingerprint, MessageId};
 use crate::postgres::Error;
 
@@ -58,8 +58,8 @@ pub enum Hold {
     Ours,
     /// Somebody else's lease on it goes on.
     Held,
-    /// It is in the ledger, with this fingerprint.
-    Found(Fingerprint),
+    /// It is in the ledger.
+    Found(Applied),
 }
 
 /// An id that is to be claimed.
@@ -115,7 +115,7 @@ impl Ledger {
                     surrender(&mut *connection, consumer_id, &done).await?;
                 }
                 let hold = |one: &Wanted<'_>| match found.get(one.id.as_str()) {
-                    Some(print) => Hold::Found(*print),
+                    Some(row) => Hold::Found(*row),
                     None if ours.contains(one.id.as_str()) => Hold::Ours,
                     None => Hold::Held,
                 };

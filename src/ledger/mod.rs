@@ -7,6 +7,7 @@
 pub mod desk;
 mod journal;
 mod keyed;
+mod place;
 pub mod prune;
 pub mod replay;
 mod schema;
@@ -14,7 +15,7 @@ pub mod story;
 mod suspect;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use sqlx::{PgConnection, Row};
 
@@ -23,27 +24,42 @@ use crate::failpoint::{self, Mutant};
 use crate::failure::Failure;
 use crate::message::{Fingerprint, MessageId};
 use crate::postgres::{Error, Session};
+use crate::seal::Marks;
 
 pub use journal::JournalEntry;
 pub use keyed::{Held, Hold, Owner, Renewal, Wanted};
-pub use schema::{Schema, migrate, renew_id, schema};
+pub use place::{marks, secret};
+pub use schema::{Schema, forget_marks, migrate, renew_id, schema};
 
 /// Which ledger this is, and what the consumer is called in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registration {
-    /// `ackonce.instance.ledger_id`: part of every claim's key.
-    pub ledger_id: Arc<str>,
+    /// Names and signs what is written to Redis about this ledger.
+    pub marks: Marks,
     /// `ackonce.consumer.id`.
     pub consumer_id: i16,
 }
+
+/// A committed row of the ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Applied {
+    /// SHA-256 of the body that was applied.
+    pub fingerprint: Fingerprint,
+    /// How long ago that was.
+    pub age: Duration,
+}
+
+/// How long a worker believes marks in Redis without asking its server whether
+/// it still is the one that they were made at.
+pub const MARKS_FRESH: Duration = Duration::from_secs(1);
 
 /// What the ledger says about one message of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Record {
     /// Its row is new, in the open transaction.
     Inserted,
-    /// A committed row has its id, with this fingerprint.
-    Found(Fingerprint),
+    /// A committed row has its id.
+    Found(Applied),
     /// Its row was there for the insert and gone for the look-up: pruned in
     /// between. To be tried again.
     Vanished,
@@ -67,6 +83,8 @@ pub struct Ledger {
     owner: i64,
     by_index: bool,
     open: Option<(Session, Registration)>,
+    /// When the server last said which ledger it has.
+    asked_at: Instant,
 }
 
 impl Ledger {
@@ -89,6 +107,7 @@ impl Ledger {
             owner: owner.cast_signed(),
             by_index: false,
             open: None,
+            asked_at: Instant::now(),
         }
     }
 
@@ -109,6 +128,7 @@ impl Ledger {
     /// When the server cannot be reached or does not let the daemon in.
     pub fn connect(&mut self) -> Result<&Registration, Error> {
         if self.open.is_none() {
+            self.asked_at = Instant::now();
             let mut session = Session::open(&self.config, &self.consumer)?;
             let registration = register(&mut session, &self.consumer)?;
             if self.by_index {
@@ -120,6 +140,24 @@ impl Ledger {
             Some((_, registration)) => Ok(registration),
             None => Err(no_session()),
         }
+    }
+
+    /// What marks in Redis are believed by. Not from memory for longer than
+    /// [`MARKS_FRESH`]: a consumer that gets nothing but duplicates would
+    /// otherwise never notice that its server is gone, or has lost rows.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ledger::connect`].
+    pub fn marks(&mut self) -> Result<&Marks, Error> {
+        if self.asked_at.elapsed() > MARKS_FRESH && self.open.is_some() {
+            self.asked_at = Instant::now();
+            let marks = self.forgetting(|session, _| place::marks(session))?;
+            if let Some((_, registration)) = &mut self.open {
+                registration.marks = marks;
+            }
+        }
+        Ok(&self.connect()?.marks)
     }
 
     /// The session with the open transaction, for the handler.
@@ -183,19 +221,19 @@ impl Ledger {
                 .iter()
                 .map(|id| match (inserted.contains(*id), found.get(*id)) {
                     (true, _) => Record::Inserted,
-                    (false, Some(print)) => Record::Found(*print),
+                    (false, Some(row)) => Record::Found(*row),
                     (false, None) => Record::Vanished,
                 })
                 .collect())
         })
     }
 
-    /// The committed fingerprint of each of `ids` that is in the ledger.
+    /// The committed row of each of `ids` that is in the ledger.
     ///
     /// # Errors
     ///
     /// When the server cannot be asked.
-    pub fn find(&mut self, ids: &[&str]) -> Result<HashMap<String, Fingerprint>, Error> {
+    pub fn find(&mut self, ids: &[&str]) -> Result<HashMap<String, Applied>, Error> {
         self.connect()?;
         self.forgetting(|session, registration| {
             let consumer_id = registration.consumer_id;
@@ -358,13 +396,15 @@ async fn look_up(
     connection: &mut PgConnection,
     consumer_id: i16,
     ids: &[&str],
-) -> Result<HashMap<String, Fingerprint>, sqlx::Error> {
+) -> Result<HashMap<String, Applied>, sqlx::Error> {
     // One look into the index for each id, whatever the statistics say: of a
     // young ledger they say that it is empty, and then all rows of the consumer
     // would be read.
     let rows = sqlx::query(
-        "SELECT known.message_id, known.fingerprint FROM unnest($2::text[]) AS wanted (message_id) \
-         CROSS JOIN LATERAL (SELECT message_id, fingerprint FROM ackonce.ledger \
+        "SELECT known.message_id, known.fingerprint, \
+         extract(epoch FROM clock_timestamp() - known.applied_at)::float8 \
+         FROM unnest($2::text[]) AS wanted (message_id) \
+         CROSS JOIN LATERAL (SELECT message_id, fingerprint, applied_at FROM ackonce.ledger \
          WHERE consumer_id = $1 AND message_id = wanted.message_id LIMIT 1) AS known",
     )
     .bind(consumer_id)
@@ -372,15 +412,21 @@ async fn look_up(
     .fetch_all(connection)
     .await?;
     rows.iter()
-        .map(|row| Ok((row.try_get(0)?, Fingerprint(row.try_get(1)?))))
+        .map(|row| {
+            let age: f64 = row.try_get(2)?;
+            let applied = Applied {
+                fingerprint: Fingerprint(row.try_get(1)?),
+                // A clock that was set back makes it young.
+                age: Duration::try_from_secs_f64(age).unwrap_or_default(),
+            };
+            Ok((row.try_get(0)?, applied))
+        })
         .collect()
 }
 
 fn register(session: &mut Session, consumer: &str) -> Result<Registration, Error> {
+    let marks = place::marks(session)?;
     session.run(async |connection| {
-        let ledger_id: String = sqlx::query_scalar("SELECT ledger_id::text FROM ackonce.instance")
-            .fetch_one(&mut *connection)
-            .await?;
         // Looked for before it is inserted: an insert that conflicts would
         // still use up one of 32,767 identity values.
         let find = "SELECT id FROM ackonce.consumer WHERE name = $1";
@@ -403,9 +449,6 @@ fn register(session: &mut Session, consumer: &str) -> Result<Registration, Error
                     .await?
             }
         };
-        Ok(Registration {
-            ledger_id: ledger_id.into(),
-            consumer_id,
-        })
+        Ok(Registration { marks, consumer_id })
     })
 }

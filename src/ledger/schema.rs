@@ -88,6 +88,19 @@ pub fn migrate(session: &mut Session) -> Result<(), Error> {
         })
 }
 
+/// Gives the ledger a new random id under its daemons, which notice within
+/// [`super::MARKS_FRESH`]: a mark in Redis that was made before counts no more.
+///
+/// # Errors
+///
+/// When the server refuses or cannot be asked.
+pub fn forget_marks(session: &mut Session) -> Result<(), Error> {
+    session.run(async |connection| {
+        let renew = "UPDATE ackonce.instance SET ledger_id = pg_catalog.gen_random_uuid()";
+        sqlx::query(renew).execute(connection).await.map(drop)
+    })
+}
+
 /// Gives the ledger a new random id, and with it every claim a new key. `None`
 /// while others of ours are connected: a daemon that runs goes on with the id
 /// that it knows.

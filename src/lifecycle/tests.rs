@@ -57,14 +57,11 @@ fn events() -> Vec<Event> {
         Event::Journaled,
         Event::JournalFailed,
         Event::Stopping,
+        Event::MarkedDone,
     ];
     events.extend(REASONS.map(Event::Unusable));
     for body in [Body::Same, Body::Other] {
-        events.extend([
-            Event::MarkedDone(body),
-            Event::OwnerApplied(body),
-            Event::Found(body),
-        ]);
+        events.extend([Event::OwnerApplied(body), Event::Found(body)]);
     }
     events
 }
@@ -127,8 +124,7 @@ fn legal() -> Vec<(State, Event, State)> {
         (Claiming, ClaimWon, Recording),
         (Claiming, ClaimUnavailable, Recording),
         (Claiming, ClaimHeld, Parked),
-        (Claiming, MarkedDone(Body::Same), ACK),
-        (Claiming, MarkedDone(Body::Other), CONFLICT),
+        (Claiming, MarkedDone, ACK),
         (Claiming, Stopping, REQUEUE),
         (Parked, LookAgain, Claiming),
         (Parked, Found(Body::Same), ACK),
@@ -239,7 +235,7 @@ fn only_news_of_a_committed_row_leads_to_an_ack() {
                 event,
                 Event::Committed
                     | Event::Found(Body::Same)
-                    | Event::MarkedDone(Body::Same)
+                    | Event::MarkedDone
                     | Event::OwnerApplied(Body::Same)
             );
             assert!(committed, "{event:?} in {state:?}");

@@ -239,8 +239,8 @@ impl Worker {
                     item.on(Event::Inserted);
                     items.push(item);
                 }
-                Record::Found(print) => {
-                    let body = item.compare(print);
+                Record::Found(row) => {
+                    let body = item.found(row);
                     self.advance(item, Event::Found(body));
                 }
                 Record::Vanished => self.again.push(item),

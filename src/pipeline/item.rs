@@ -7,7 +7,7 @@ use crate::claim::Token;
 use crate::config::checked;
 use crate::failure::{Class, Failure};
 use crate::identity;
-use crate::ledger::Owner;
+use crate::ledger::{Applied, Owner};
 use crate::lifecycle::{self, Action, Body, Event, State};
 use crate::message::{DeadReason, Delivery, Epoch, Fingerprint, MessageId, Settlement};
 
@@ -24,6 +24,8 @@ pub struct Item {
     /// Whether others that come with its id join it.
     pub(super) owner: bool,
     pub(super) fingerprint: Fingerprint,
+    /// How old its ledger row was when it was found there.
+    row_age: Duration,
     pub(super) state: State,
     /// The attempt at hand counts, if it fails.
     pub(super) counted: bool,
@@ -68,6 +70,7 @@ impl Item {
             is_duplicate: false,
             id: None,
             owner: false,
+            row_age: Duration::ZERO,
             state: State::Received,
             counted: true,
             token: None,
@@ -128,6 +131,17 @@ impl Item {
 
     pub(super) fn epoch(&self) -> Epoch {
         self.delivery.ticket.epoch
+    }
+
+    /// How its body compares with that of its ledger row.
+    pub(super) fn found(&mut self, row: Applied) -> Body {
+        self.row_age = row.age;
+        self.compare(row.fingerprint)
+    }
+
+    /// How old its ledger row is, at the most.
+    pub(super) fn age(&self) -> Duration {
+        self.row_age + self.since.elapsed()
     }
 
     pub(super) fn compare(&self, fingerprint: Fingerprint) -> Body {

@@ -10,8 +10,9 @@ use std::collections::{HashMap, VecDeque};
 use super::Worker;
 use super::item::Item;
 use crate::failure::{Class, Failure};
+use crate::ledger::Applied;
 use crate::lifecycle::Event;
-use crate::message::{Fingerprint, MessageId};
+use crate::message::MessageId;
 use crate::postgres::Error;
 
 impl Worker {
@@ -61,10 +62,10 @@ impl Worker {
     }
 
     /// Dead-letters what its workers died of, unless it took effect after all.
-    fn quarantine(&mut self, mut item: Item, deaths: u32, known: Option<Fingerprint>) {
+    fn quarantine(&mut self, mut item: Item, deaths: u32, known: Option<Applied>) {
         item.marked = true;
-        if let Some(print) = known {
-            let body = item.compare(print);
+        if let Some(row) = known {
+            let body = item.found(row);
             return self.advance(item, Event::Found(body));
         }
         item.failure = Some(Failure {

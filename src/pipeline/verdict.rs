@@ -21,7 +21,8 @@ use crate::postgres::Error;
 /// What is decided and not yet told.
 #[derive(Default)]
 pub(super) struct Verdict {
-    done: Vec<(MessageId, Fingerprint)>,
+    /// Each with the age of its ledger row.
+    done: Vec<(MessageId, Fingerprint, Duration)>,
     released: Vec<(Token, MessageId)>,
     /// Claims in the ledger that nobody needs any more.
     surrendered: Vec<(MessageId, Owner)>,
@@ -55,7 +56,7 @@ impl Worker {
                 Action::MarkDone => self
                     .verdict
                     .done
-                    .extend(item.id.clone().map(|id| (id, item.fingerprint))),
+                    .extend(item.id.clone().map(|id| (id, item.fingerprint, item.age()))),
                 Action::Release => {
                     if let (Some(token), Some(id)) = (&item.token, &item.id) {
                         self.verdict.released.push((token.clone(), id.clone()));
@@ -110,7 +111,7 @@ impl Worker {
     fn count(&self, item: &mut Item, event: Event) {
         let meter = &self.shared.signs.meter;
         let found_in = match event {
-            Event::MarkedDone(Body::Same) => FoundIn::Redis,
+            Event::MarkedDone => FoundIn::Redis,
             // Its own row, by a COMMIT that went unanswered.
             Event::Found(Body::Same) if item.in_doubt => return,
             Event::Found(Body::Same) => FoundIn::Ledger,
@@ -202,7 +203,7 @@ impl Worker {
                 let done: Vec<_> = verdict
                     .done
                     .iter()
-                    .map(|(id, print)| (id, *print))
+                    .map(|(id, print, age)| (id, *print, *age))
                     .collect();
                 claims.mark_done(&done);
                 for same in verdict.released.chunk_by(|a, b| a.0 == b.0) {
@@ -246,9 +247,11 @@ impl Worker {
         if failpoint::mutant(Mutant::EarlyMark)
             && let Some(claims) = &mut self.claims
         {
-            let ids = items.iter().filter_map(|item| item.id.as_ref());
-            let prints = items.iter().map(|item| item.fingerprint);
-            claims.mark_done(&ids.zip(prints).collect::<Vec<_>>());
+            let done: Vec<_> = items
+                .iter()
+                .filter_map(|item| Some((item.id.as_ref()?, item.fingerprint, item.age())))
+                .collect();
+            claims.mark_done(&done);
         }
     }
 

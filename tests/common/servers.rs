@@ -300,6 +300,20 @@ impl PostgresServer {
         server
     }
 
+    /// Keeps what its files hold, as a snapshot of its disk does; it must have
+    /// ended.
+    pub fn snapshot(&self) -> PathBuf {
+        let copy = self.folder.path().join("snapshot");
+        copy_folder(&self.data(), &copy);
+        copy
+    }
+
+    /// Puts a snapshot in the place of its files; it must have ended.
+    pub fn restore(&self, snapshot: &Path) {
+        std::fs::remove_dir_all(self.data()).expect("its files go");
+        copy_folder(snapshot, &self.data());
+    }
+
     fn prepare() -> Self {
         let folder = TempDir::new().expect("a folder");
         if is_root() {
@@ -433,6 +447,15 @@ fn as_postgres(program: &str) -> Command {
         ])
         .arg(program);
     command
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    let status = Command::new("cp")
+        .arg("--archive")
+        .arg(from)
+        .arg(to)
+        .status();
+    assert!(status.expect("cp").success());
 }
 
 fn is_root() -> bool {

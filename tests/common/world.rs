@@ -257,8 +257,14 @@ impl World {
 
     /// The Redis key of one id of a consumer.
     pub fn claim_key(&self, consumer: &str, message_id: &str) -> String {
-        let ledger_id = self.db.ledger_id();
-        format!("{}:{ledger_id}:{consumer}:{message_id}", self.name)
+        let name = self.marks().name().to_owned();
+        format!("{}:{name}:{consumer}:{message_id}", self.name)
+    }
+
+    /// What this world's daemons sign and name their marks with.
+    pub fn marks(&self) -> ackonce::seal::Marks {
+        let session = ackonce::postgres::Session::open(&self.postgres(), "test");
+        ackonce::ledger::marks(&mut session.expect("PostgreSQL")).expect("the ledger")
     }
 
     /// The folder.

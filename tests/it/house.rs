@@ -26,6 +26,7 @@ const FLOORS: &[&[(&str, &[&str])]] = &[
         ("gate", &[]),
         ("lifecycle", &["message", "failure"]),
         ("identity", &["message", "config"]),
+        ("seal", &["message"]),
         ("flights", &["message"]),
         ("observe", &["config", "message", "failure", "stop"]),
     ],

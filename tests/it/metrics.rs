@@ -197,7 +197,8 @@ fn a_duplicate_of_what_is_in_work_is_found_in_flight() {
 #[test]
 fn a_delivery_that_waits_for_a_claim_is_parked_and_counted_once() {
     let world = World::new();
-    let (daemon, admin) = world.watch(&world.orders());
+    let orders = Consumer::orders().set("claim.lease", "15m");
+    let (daemon, admin) = world.watch(&world.config().consumer(orders));
     let key = world.claim_key(ORDERS, "held");
     world.redis.set(&key, "c:somebody", 60_000);
     world.broker.send(ORDERS, [Msg::new("held")]);

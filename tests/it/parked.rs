@@ -9,6 +9,11 @@ use crate::common::{Config, Consumer, Msg, ORDERS, ORDERS_DEAD, World, eventuall
 const MINUTE_MS: u64 = 60_000;
 const FOREIGN: &str = "c:foreign";
 
+/// Waits for claims as long as this file's.
+fn patient() -> Consumer {
+    Consumer::orders().set("claim.lease", "15m")
+}
+
 fn prepared(orders: Consumer) -> (World, Config) {
     let world = World::new();
     let config = world.config().consumer(orders);
@@ -30,7 +35,7 @@ fn send(world: &World, ids: &[String]) {
 
 #[test]
 fn no_more_deliveries_are_parked_than_the_prefetch_allows() {
-    let (world, config) = prepared(Consumer::orders().set("prefetch", 10).set("batch_max", 10));
+    let (world, config) = prepared(patient().set("prefetch", 10).set("batch_max", 10));
     let ids = numbered_ids("held", 50);
     claim_for_another(&world, &ids, 10 * MINUTE_MS);
     send(&world, &ids);
@@ -52,7 +57,7 @@ fn no_more_deliveries_are_parked_than_the_prefetch_allows() {
 
 #[test]
 fn a_parked_delivery_is_applied_soon_after_the_claim_is_gone() {
-    let (world, config) = prepared(Consumer::orders().set("claim.recheck_every", "200ms"));
+    let (world, config) = prepared(patient().set("claim.recheck_every", "200ms"));
     let ids = numbered_ids("held", 5);
     claim_for_another(&world, &ids, 10 * MINUTE_MS);
     let daemon = world.run(&config);
@@ -74,7 +79,7 @@ fn a_parked_delivery_is_applied_soon_after_the_claim_is_gone() {
 
 #[test]
 fn parked_deliveries_are_looked_at_while_others_flow() {
-    let (world, config) = prepared(Consumer::orders().set("workers", 1).set("batch_max", 1));
+    let (world, config) = prepared(patient().set("workers", 1).set("batch_max", 1));
     let held = numbered_ids("held", 5);
     claim_for_another(&world, &held, 10 * MINUTE_MS);
     let daemon = world.run(&config);

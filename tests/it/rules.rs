@@ -7,7 +7,6 @@ use crate::common::{
     numbered, numbered_ids,
 };
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
 const MINUTE_MS: u64 = 60_000;
 
@@ -28,13 +27,12 @@ fn one_worker(world: &World) -> Config {
         .consumer(Consumer::orders().set("workers", 1))
 }
 
-fn hex_sha256(body: &[u8]) -> String {
-    let hash = Sha256::digest(body);
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn done_mark(body: &[u8]) -> String {
-    format!("d:{}", hex_sha256(body))
+/// One worker whose lease allows for claims as long as this file's.
+fn patient(world: &World) -> Config {
+    let orders = Consumer::orders()
+        .set("workers", 1)
+        .set("claim.lease", "15m");
+    world.config().consumer(orders)
 }
 
 // Rule 1: ack only what is known to be committed.
@@ -78,72 +76,6 @@ fn a_message_whose_worker_died_before_the_commit_is_applied_later() {
 // Rule 2: the ledger is the truth, Redis is a hint.
 
 #[test]
-fn a_done_mark_of_another_ledger_does_not_lead_to_an_ack() {
-    let world = World::new();
-    let config = world.orders();
-    world.prepare(&config);
-    let body = br#"{"id":"m"}"#;
-    let name = world.name();
-    let other_ledger = "00000000-0000-4000-8000-000000000000";
-    for key in [
-        format!("{name}:{other_ledger}:{ORDERS}:m"),
-        format!("{name}::{ORDERS}:m"),
-        format!("{name}:{ORDERS}:m"),
-        world.claim_key("invoices", "m"),
-    ] {
-        world.redis.set(&key, &done_mark(body), MINUTE_MS);
-    }
-    world
-        .broker
-        .send(ORDERS, [Msg::new("m").body(body.as_slice())]);
-    world.drain(&config, ORDERS);
-    world.assert_each_applied_once(&["m"]);
-}
-
-/// Sends one message whose id this ledger's own mark calls done although the
-/// ledger does not have it. How many effects that leaves.
-fn effects_of_a_marked_message(confirm_duplicates: bool) -> i64 {
-    let world = World::new();
-    let orders = Consumer::orders().set("confirm_duplicates", confirm_duplicates);
-    let config = world.config().consumer(orders);
-    world.prepare(&config);
-    let body = br#"{"id":"m"}"#;
-    let key = world.claim_key(ORDERS, "m");
-    world.redis.set(&key, &done_mark(body), MINUTE_MS);
-    world
-        .broker
-        .send(ORDERS, [Msg::new("m").body(body.as_slice())]);
-    world.drain(&config, ORDERS);
-    assert!(world.broker.is_empty(ORDERS_DEAD));
-    world.db.effect_count()
-}
-
-#[test]
-fn a_done_mark_of_this_ledger_counts_unless_it_is_to_be_confirmed() {
-    assert_eq!(effects_of_a_marked_message(false), 0);
-    assert_eq!(effects_of_a_marked_message(true), 1);
-}
-
-#[test]
-fn a_done_mark_does_not_outlive_the_ledger_it_speaks_of() {
-    let world = World::new();
-    let config = world.orders();
-    world.prepare(&config);
-    world.broker.send(ORDERS, [Msg::new("m")]);
-    world.drain(&config, ORDERS);
-    let mark = world.redis.get(&world.claim_key(ORDERS, "m")).unwrap();
-    assert_eq!(mark, done_mark(br#"{"id":"m"}"#));
-    // As after a restore from a backup that does not have the message.
-    world.db.execute(
-        "delete from ackonce.ledger; delete from effect; \
-         update ackonce.instance set ledger_id = gen_random_uuid()",
-    );
-    world.broker.send(ORDERS, [Msg::new("m")]);
-    world.drain(&config, ORDERS);
-    world.assert_each_applied_once(&["m"]);
-}
-
-#[test]
 fn a_message_is_not_applied_again_when_redis_has_forgotten_everything() {
     let world = World::new();
     let config = world.orders();
@@ -159,7 +91,7 @@ fn a_message_is_not_applied_again_when_redis_has_forgotten_everything() {
 #[test]
 fn a_claim_held_by_another_parks_the_message_and_never_acks_it() {
     let world = World::new();
-    let config = world.orders();
+    let config = patient(&world);
     world.prepare(&config);
     let key = world.claim_key(ORDERS, "held");
     world.redis.set(&key, "c:foreign", 10 * MINUTE_MS);
@@ -384,7 +316,7 @@ fn a_claim_is_renewed_only_by_who_made_it() {
 #[test]
 fn a_settlement_of_a_lost_connection_does_not_ack_another_message() {
     let world = World::new();
-    let config = one_worker(&world);
+    let config = patient(&world);
     world.prepare(&config);
     let harness = connections(&world, 1);
     let gate = world.gate();
@@ -452,7 +384,7 @@ fn another_body_under_an_applied_id_is_never_acked_as_a_duplicate() {
         let dead = world.broker.wait_for_dead(ORDERS_DEAD, count);
         assert_eq!(dead[count - 1].body, body.as_bytes());
         assert_eq!(world.db.reasons(ORDERS), vec!["id-conflict"; count]);
-        // The mark in Redis told the first, the ledger tells the second.
+        // With a mark in Redis or without, the ledger tells.
         assert_eq!(world.redis.flush(), 2 - count);
     }
     world.broker.send(ORDERS, [Msg::new("m").body("one")]);

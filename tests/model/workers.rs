@@ -542,6 +542,7 @@ fn claim(redis: &mut Redis, token: Token, body: u8, luck: Luck) -> Event {
         _ if luck != Luck::Done => Event::ClaimUnavailable,
         Redis::Nothing => Event::ClaimWon,
         Redis::Claim(_) => Event::ClaimHeld,
-        Redis::Done(other) => Event::MarkedDone(compare(body, other)),
+        Redis::Done(other) if other == body => Event::MarkedDone,
+        Redis::Done(_) => Event::ClaimUnavailable,
     }
 }

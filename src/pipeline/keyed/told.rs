@@ -97,9 +97,9 @@ impl Foreman {
                     item.on(Event::LeaseWon);
                     items.push(item);
                 }
-                (Hold::Found(print), ..) => {
+                (Hold::Found(row), ..) => {
                     item.forget_lease();
-                    let body = item.compare(print);
+                    let body = item.found(row);
                     self.worker.advance(item, Event::Found(body));
                 }
                 _ => {
@@ -181,8 +181,8 @@ impl Foreman {
                 "a handler came back when its claim was not ours any more: what it says does not \
                  count"
             );
-            if let Some(print) = found.get(id) {
-                let body = item.compare(*print);
+            if let Some(row) = found.get(id).copied() {
+                let body = item.found(row);
                 item.forget_lease();
                 self.worker.advance(item, Event::Found(body));
                 continue;

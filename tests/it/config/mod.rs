@@ -399,7 +399,7 @@ fn the_examples_on_the_page_about_failures_can_be_typed() {
 }
 
 #[test]
-fn a_redis_mark_may_outlive_the_ledger_row() {
+fn redis_may_be_told_to_remember_longer_than_the_ledger() {
     let text = below("[daemon]", "[ledger]\nretention = \"1h\"");
     let config = parse(&text).unwrap_or_else(|error| panic!("{error}"));
     assert!(config.consumers[0].claim.done_ttl > config.ledger.retention);
