@@ -89,7 +89,7 @@ impl Seal {
     fn mac(&self, what: Sealed<'_>) -> [u8; 32] {
         let id = what.message_id.map(|id| ["+", id].concat());
         mac(
-            &*self.0,
+            &self.0,
             "header",
             &[
                 what.consumer.as_bytes(),

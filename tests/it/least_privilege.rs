@@ -278,7 +278,11 @@ fn does_everything(stage: &Stage, config: &Config, mended: &Config, exchange: &s
     world
         .db
         .execute("update ackonce.ledger set applied_at = now() - interval '1 day'");
-    run(&["ledger", "prune", "--older-than", "1h", "--yes"]);
+    let rows = world.db.ledger(ORDERS).len();
+    let early = ["ledger", "prune", "--older-than", "1h", "--yes"];
+    stage.tool(mended, &early).expect(NO_PERMISSION);
+    assert_eq!(world.db.ledger(ORDERS).len(), rows, "nothing is deleted");
+    stage.tool(&stage.config("migrator"), &early).expect(0);
     assert_eq!(world.db.ledger(ORDERS), [] as [&str; 0]);
 }
 
