@@ -84,7 +84,8 @@ have_nextest() {
 install_nextest() {
     have_nextest && return 0
     say "building the test runner, cargo-nextest $NEXTEST_VERSION: this takes minutes, once"
-    cargo install --quiet --locked --version "$NEXTEST_VERSION" cargo-nextest ||
+    cargo install --quiet --locked --version "$NEXTEST_VERSION" \
+        --no-default-features --features default-no-update cargo-nextest ||
         die "failed to install the test runner: cargo install --locked cargo-nextest"
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -285,6 +286,24 @@ impl Daemon {
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.pid()).expect("a pid"));
         kill(pid, signal).expect("the daemon takes a signal");
+    }
+
+    /// Stops it where it stands, at a moment when `holds` and goes on to hold:
+    /// what it has just sent still arrives. It is let go on between two tries,
+    /// or it would never come to rest.
+    pub fn freeze_when(&self, what: &str, holds: impl Fn() -> bool) {
+        eventually(what, || {
+            if !holds() {
+                return false;
+            }
+            self.signal(Signal::SIGSTOP);
+            std::thread::sleep(Duration::from_millis(30));
+            let held = holds();
+            if !held {
+                self.signal(Signal::SIGCONT);
+            }
+            held
+        });
     }
 
     /// How it ended, if it has.

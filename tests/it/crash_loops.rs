@@ -7,7 +7,6 @@ use crate::common::{
     Config, Consumer, Daemon, Msg, ORDERS, ORDERS_DEAD, Proxy, RECORD_AMOUNT, RECORD_EFFECT, World,
     eventually, numbered, numbered_ids,
 };
-use nix::sys::signal::Signal;
 use sqlx::Row;
 
 /// What a body holds that kills or frightens its worker.
@@ -298,16 +297,7 @@ fn a_message_that_waits_in_a_pause_while_daemons_are_killed_is_not_quarantined()
             let daemon = world.run(&config);
             daemon.wait_for_log(&["paused", "42P01"]);
             // Between two tries: what it is just trying is marked.
-            eventually("all of them wait", || {
-                daemon.signal(Signal::SIGSTOP);
-                // What it has just sent still arrives.
-                std::thread::sleep(std::time::Duration::from_millis(30));
-                let waits = marks(&world).is_empty();
-                if !waits {
-                    daemon.signal(Signal::SIGCONT);
-                }
-                waits
-            });
+            daemon.freeze_when("all of them wait", || marks(&world).is_empty());
             daemon.kill();
         }
         assert_nobody_was_blamed(&world, &config, world.run(&config));

@@ -271,7 +271,8 @@ fn many_failures_in_a_row_pause_the_consumer_and_are_not_counted() {
     let orders = Consumer::orders()
         .set("retry.breaker", 20)
         .max_attempts(2)
-        .backoff(&["200ms"])
+        // So long that nobody's second attempt comes before there is a pause.
+        .backoff(&["3s"])
         .sql("insert into effect (message_id, wanted) select message_id, 1 from message");
     let config = world.config().consumer(orders);
     world.prepare(&config);
@@ -280,7 +281,7 @@ fn many_failures_in_a_row_pause_the_consumer_and_are_not_counted() {
     daemon.wait_for_log(&["paused", "23503"]);
     // Long enough for every message to use up its attempts, were they counted.
     eventually("it goes on trying", || {
-        daemon.logged(&["still waiting"]) || {
+        daemon.logged(&["still waiting", "tries=8"]) || {
             world.db.count("select count(*) from ackonce.failure") > 60
         }
     });

@@ -6,7 +6,6 @@ use crate::common::raw::{self, Properties, RawClient};
 use crate::common::{
     Config, Consumer, Daemon, Msg, ORDERS, ORDERS_DEAD, World, eventually, numbered, numbered_ids,
 };
-use nix::sys::signal::Signal;
 
 fn lose_table(world: &World) {
     world.db.execute("alter table effect rename to gone");
@@ -56,19 +55,8 @@ fn what_waits_for_the_world_is_not_blamed_when_its_daemon_is_killed() {
         let daemon = world.run(&config);
         daemon.wait_for_log(&["paused", "42P01"]);
         // Between two tries: what it is just trying is marked.
-        let unmarked = || world.db.count("select count(*) from ackonce.suspect") == 0;
-        eventually("nothing is marked", || {
-            if !unmarked() {
-                return false;
-            }
-            daemon.signal(Signal::SIGSTOP);
-            // What it has just sent still arrives.
-            std::thread::sleep(std::time::Duration::from_millis(30));
-            let waits = unmarked();
-            if !waits {
-                daemon.signal(Signal::SIGCONT);
-            }
-            waits
+        daemon.freeze_when("nothing is marked", || {
+            world.db.count("select count(*) from ackonce.suspect") == 0
         });
         println!("killed for the {}th time", round + 1);
         daemon.kill();
