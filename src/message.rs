@@ -86,6 +86,23 @@ pub const REPLAYED_AT_HEADER: &str = "ackonce-replayed-at";
 /// comes back while that goes on is not taken again.
 pub const REPLAY_HEADER: &str = "ackonce-replay";
 
+/// Header of a copy: the signature of those of [`OWN_HEADERS`] that it has.
+pub const SIGNATURE_HEADER: &str = "ackonce-signature";
+
+/// The headers that the daemon writes into copies, and believes only where they
+/// are signed: publishers can write them, too.
+pub const OWN_HEADERS: [&str; 9] = [
+    ATTEMPTS_HEADER,
+    EXCHANGE_HEADER,
+    ROUTING_KEY_HEADER,
+    REASON_HEADER,
+    USER_ID_HEADER,
+    CC_HEADER,
+    REPLAYS_HEADER,
+    REPLAYED_AT_HEADER,
+    REPLAY_HEADER,
+];
+
 /// Which connection a delivery came over. A delivery tag means nothing without
 /// it: after a reconnect the same tag is another message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

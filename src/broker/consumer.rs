@@ -14,6 +14,7 @@ use crossbeam_channel::{Receiver, Sender};
 
 use super::cause::{Cause, Happening};
 use super::connection::Link;
+use super::signed::Signer;
 use super::topology::TopologyError;
 use crate::backoff::Backoff;
 use crate::config::checked;
@@ -41,6 +42,8 @@ pub struct Feed<'a> {
     pub broker: &'a checked::Broker,
     /// The consumer's configuration.
     pub consumer: &'a checked::Consumer,
+    /// What signs the daemon's headers of its messages.
+    pub signer: &'a Signer,
     /// Waits between tries of publishing.
     pub backoff: Backoff,
     /// Which connection this is.

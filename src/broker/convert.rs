@@ -5,9 +5,10 @@ use std::time::{Duration, UNIX_EPOCH};
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use serde_json::{Map, Number, Value};
 
+use super::signed::Signer;
 use crate::message::{
-    ATTEMPTS_HEADER, CC_HEADER, EXCHANGE_HEADER, Message, REASON_HEADER, REPLAY_HEADER,
-    REPLAYED_AT_HEADER, REPLAYS_HEADER, ROUTING_KEY_HEADER, Repairs, USER_ID_HEADER, hex,
+    ATTEMPTS_HEADER, CC_HEADER, EXCHANGE_HEADER, Message, OWN_HEADERS, REPLAYS_HEADER,
+    ROUTING_KEY_HEADER, Repairs, SIGNATURE_HEADER, hex,
 };
 
 /// Headers that the broker wrote about the journey of a message. In a copy
@@ -26,8 +27,14 @@ pub(super) const OF_THE_BROKER: [&str; 9] = [
 ];
 
 /// Takes the body out of a delivery and leaves the shell: what is needed to
-/// settle it, or to make a copy of it.
-pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> Message {
+/// settle it, or to make a copy of it. Of the daemon's own headers it has those
+/// alone that `signer` has signed.
+pub(super) fn hollow_out(
+    delivery: &mut amiquip::Delivery,
+    repairs: Repairs,
+    signer: &Signer,
+) -> Message {
+    signer.believe(&mut delivery.properties, &delivery.body);
     let body = std::mem::take(&mut delivery.body);
     message(
         &delivery.properties,
@@ -39,7 +46,7 @@ pub(super) fn hollow_out(delivery: &mut amiquip::Delivery, repairs: Repairs) -> 
 }
 
 /// The message that `body` is, published with `properties` to an exchange with
-/// a routing key.
+/// a routing key. Believes the daemon's own headers.
 #[must_use]
 pub fn message(
     properties: &AmqpProperties,
@@ -94,24 +101,17 @@ fn count(value: &AmqpValue) -> u32 {
 /// copies, and with what it moved aside.
 fn headers(table: &FieldTable) -> Map<String, Value> {
     let mut headers = object(table);
-    for own in [
-        ATTEMPTS_HEADER,
-        EXCHANGE_HEADER,
-        ROUTING_KEY_HEADER,
-        REASON_HEADER,
-        USER_ID_HEADER,
-        REPLAYS_HEADER,
-        REPLAYED_AT_HEADER,
-        REPLAY_HEADER,
-    ] {
+    let cc = headers.remove(CC_HEADER);
+    for own in OWN_HEADERS {
         headers.remove(own);
     }
+    headers.remove(SIGNATURE_HEADER);
     // A copy comes without what the broker wrote about the original: this is
     // about its way through a retry queue.
     if table.contains_key(ATTEMPTS_HEADER) {
         headers.retain(|name, _| !OF_THE_BROKER.contains(&name.as_str()));
     }
-    if let Some(cc) = headers.remove(CC_HEADER) {
+    if let Some(cc) = cc {
         headers.insert("CC".to_owned(), cc);
     }
     headers

@@ -22,6 +22,7 @@ use lanes::Lanes;
 use super::connection::Dial;
 use super::consumer::PAUSED_PREFETCH;
 use super::publisher::{Fate, Limits, PublishError, Publisher, Seq};
+use super::signed::Signer;
 use super::topology::{self, WaysBack};
 use crate::backoff::Backoff;
 use crate::config::checked;
@@ -72,6 +73,7 @@ impl Courier {
         broker: &checked::Broker,
         first: usize,
         consumer: &checked::Consumer,
+        signer: &Signer,
         backoff: Backoff,
         ways_back: Arc<WaysBack>,
     ) -> std::io::Result<Self> {
@@ -83,6 +85,7 @@ impl Courier {
         let mut clerk = Clerk {
             broker: broker.clone(),
             first,
+            signer: signer.clone(),
             consumer: Arc::new(consumer.clone()),
             backoff,
             lanes: Lanes::new(backoff),
@@ -134,6 +137,7 @@ struct Clerk {
     /// connection was lost.
     first: usize,
     consumer: Arc<checked::Consumer>,
+    signer: Signer,
     backoff: Backoff,
     lanes: Lanes,
     ways_back: Arc<WaysBack>,
@@ -337,7 +341,7 @@ impl Clerk {
             self.waiting.push_front(copy);
             return Ok(false);
         };
-        let parts = copy.outgoing(&self.consumer, random::draw());
+        let parts = copy.outgoing(&self.consumer, &self.signer, random::draw());
         let route = (parts.exchange.as_str(), parts.routing_key.as_str());
         match publisher.publish_copy(route, copy.body(), parts.properties) {
             Ok(seq) => {

@@ -39,6 +39,7 @@ use super::connection::{self, Link};
 use super::convert;
 use super::guard::RepairLog;
 use super::properties::Properties;
+use super::signed::Signer;
 use super::topology::{self, PROBE_HEADER};
 use crate::config::checked;
 use crate::message::Message;
@@ -130,12 +131,14 @@ pub struct Desk {
     since: Option<Instant>,
     /// Whether returns are known to do no harm.
     unlimited: bool,
+    signer: Signer,
 }
 
 impl Desk {
     /// Opens `queue` and freezes its depth. `purpose` is shown on RabbitMQ's
     /// management pages. With `despite_limit`, a letter may have come back any
-    /// number of times.
+    /// number of times. Of the daemon's own headers, those are handed out that
+    /// `signer` has signed.
     ///
     /// # Errors
     ///
@@ -145,6 +148,7 @@ impl Desk {
         queue: &str,
         purpose: &str,
         despite_limit: bool,
+        signer: Signer,
     ) -> Result<Self, DeskError> {
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         let mut link = connection::open(broker, purpose)?;
@@ -169,6 +173,7 @@ impl Desk {
             chunks: Vec::new(),
             since: None,
             unlimited: despite_limit,
+            signer,
         };
         let (ready, consumers) = desk.count()?;
         desk.depth = u64::from(ready);
@@ -513,12 +518,12 @@ impl Desk {
         if returns >= RETURNS_MAX && !self.unlimited {
             self.prove_unlimited(returns)?;
         }
+        let message = convert::hollow_out(&mut delivery, repairs, &self.signer);
         let mut properties = Properties::from_amqp(&delivery.properties);
         // The queue's notes about its handing out, not the message's.
         for name in ["x-delivery-count", "x-acquired-count"] {
             properties.remove_header(name);
         }
-        let message = convert::hollow_out(&mut delivery, repairs);
         let exchange = std::mem::take(&mut delivery.exchange);
         let routing_key = std::mem::take(&mut delivery.routing_key);
         empty(&mut delivery);

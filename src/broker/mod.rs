@@ -14,6 +14,7 @@ pub mod outgoing;
 pub mod properties;
 pub mod publisher;
 pub mod session;
+pub mod signed;
 pub mod tls;
 pub mod topology;
 pub mod transport;

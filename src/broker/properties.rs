@@ -427,7 +427,7 @@ fn fields(table: &FieldTable) -> Fields {
         .collect()
 }
 
-fn field(value: &AmqpValue) -> Field {
+pub(super) fn field(value: &AmqpValue) -> Field {
     match value {
         AmqpValue::Void => Field::Void,
         AmqpValue::Boolean(value) => Field::Bool(*value),

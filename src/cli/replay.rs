@@ -23,7 +23,7 @@ use crate::dead_letter::filter::Filter;
 use crate::dead_letter::lookout::Lookout;
 use crate::dead_letter::pace::Rate;
 use crate::dead_letter::plan::Standing;
-use crate::dead_letter::replay::{self, Cut, Event, Order, Report, Tools};
+use crate::dead_letter::replay::{self, Cut, Event, Order, Report, Tools, origins};
 use crate::dead_letter::republish::Destination;
 use crate::dead_letter::survey;
 use crate::ledger;
@@ -57,6 +57,9 @@ pub struct Arguments {
 
     #[command(flatten)]
     whither: Whither,
+
+    #[command(flatten)]
+    origin: OriginArguments,
 
     #[command(flatten)]
     canary: CanaryArguments,
@@ -101,7 +104,8 @@ struct Whither {
     to_queue: bool,
 
     /// To the exchange each was first published to, with its routing key: other
-    /// queues that are bound there get them again
+    /// queues that are bound there get them again. Only to exchanges that the
+    /// consumer has bindings to, and to its work queue
     #[arg(long)]
     to_origin: bool,
 
@@ -109,6 +113,16 @@ struct Whither {
     /// /QUEUE is a queue
     #[arg(long, value_name = "EXCHANGE/KEY", value_parser = destination)]
     to: Option<Destination>,
+}
+
+/// Where a replay to the origin may go.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Where to")]
+struct OriginArguments {
+    /// With --to-origin, also to exchanges that the consumer has no binding to:
+    /// wherever a message says that it was published
+    #[arg(long, requires = "to_origin")]
+    any_origin: bool,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -262,6 +276,7 @@ impl Arguments {
             }),
             beyond_retention: self.beyond_retention,
             force: self.force.is_asked_for(),
+            any_origin: self.origin.any_origin,
             despite_limit: self.desk.despite_delivery_limit,
             hold: HOLD,
         }
@@ -344,7 +359,13 @@ impl Arguments {
                      them again, and a queue that is no longer bound there gets none\n  hint: \
                      --to-queue sends them to queue {queue} alone"
                 );
-                "where they came from".to_owned()
+                match order.any_origin {
+                    true => "wherever they say that they came from".to_owned(),
+                    false => format!(
+                        "where they came from, which may be {}",
+                        origins(&consumer.topology)
+                    ),
+                }
             }
             Destination::To {
                 exchange,

@@ -10,13 +10,16 @@ use super::{Fatal, backoff};
 use crate::broker::connection::Dial;
 use crate::broker::consumer::{End, Feed};
 use crate::broker::session::{OpenError, Session};
+use crate::broker::signed::Signer;
 use crate::broker::topology::TopologyError;
 use crate::config::checked;
 use crate::handler::rust::Makers;
+use crate::ledger;
 use crate::message::{Epoch, Settled};
 use crate::observe::Signs;
 use crate::observe::metrics::Server;
 use crate::pool::Pool;
+use crate::postgres;
 use crate::random;
 use crate::stop::Stop;
 
@@ -66,6 +69,9 @@ impl Runner {
         };
         // The schema was seen to before.
         self.signs.meter.is_up(Server::Postgres, true);
+        let Some(signer) = self.signer() else {
+            return Ok(());
+        };
         let mut restarts = 0;
         loop {
             let since = Instant::now();
@@ -76,7 +82,7 @@ impl Runner {
                 &self.host,
                 &self.signs,
             )?;
-            let next = self.serve(&mut pool, &mut memory);
+            let next = self.serve(&mut pool, &signer, &mut memory);
             pool.stop(match next {
                 // The stop has waited for the workers, or there is one to
                 // come back for.
@@ -101,11 +107,40 @@ impl Runner {
         }
     }
 
+    /// What signs the daemon's headers, with the ledger's secret. `None` when it
+    /// is time to stop.
+    fn signer(&self) -> Option<Signer> {
+        let mut told = None;
+        for tries in 0.. {
+            let secret = postgres::Session::open(&self.config.postgres, &self.consumer.name)
+                .and_then(|mut session| ledger::secret(&mut session));
+            let error = match secret {
+                Ok(secret) => return Some(Signer::new(secret.seal(), &self.consumer.name)),
+                Err(error) => error,
+            };
+            if told.as_ref() != Some(&error) {
+                log::warn!(
+                    consumer = self.consumer.name.as_str();
+                    "failed to read the ledger's secret, and goes on trying: {error}"
+                );
+            }
+            let delay = backoff(&self.config).delay(tries, random::draw());
+            let pulse = &self.signs.pulse;
+            pulse.connecting(&format!("PostgreSQL: {error}"));
+            pulse.beat(delay);
+            if self.stop.wait(delay) {
+                return None;
+            }
+            told = Some(error);
+        }
+        None
+    }
+
     /// One connection after the other, with the same workers.
-    fn serve(&self, pool: &mut Pool, memory: &mut Memory) -> Result<Next, Fatal> {
+    fn serve(&self, pool: &mut Pool, signer: &Signer, memory: &mut Memory) -> Result<Next, Fatal> {
         loop {
             memory.epoch.0 += 1;
-            match self.connect_and_consume(pool, memory)? {
+            match self.connect_and_consume(pool, signer, memory)? {
                 Next::Reconnect => {
                     let delay = backoff(&self.config).delay(memory.streak.rounds(), random::draw());
                     if let Some(end) = self.wait_discarding(&pool.outbox, delay) {
@@ -117,7 +152,12 @@ impl Runner {
         }
     }
 
-    fn connect_and_consume(&self, pool: &mut Pool, memory: &mut Memory) -> Result<Next, Fatal> {
+    fn connect_and_consume(
+        &self,
+        pool: &mut Pool,
+        signer: &Signer,
+        memory: &mut Memory,
+    ) -> Result<Next, Fatal> {
         let session = match self.open(&pool.outbox, memory) {
             Ok(Ok(session)) => session,
             Ok(Err(error)) => return self.not_opened(&error, memory),
@@ -135,6 +175,7 @@ impl Runner {
             broker: &self.config.broker,
             backoff: backoff(&self.config),
             consumer: &self.consumer,
+            signer,
             epoch: memory.epoch,
             inbox: &mut pool.inbox,
             stopper: &mut pool.stopper,

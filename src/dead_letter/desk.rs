@@ -11,8 +11,10 @@ use thiserror::Error;
 
 use super::letter::{Death, Letter};
 use crate::broker::desk::{self, DeskError, Handed, Ticket};
+use crate::broker::signed::Signer;
 use crate::config::checked::{Config, Consumer, Topology};
 use crate::identity;
+use crate::ledger;
 use crate::ledger::desk::{self as book, Action, ActionId, Key};
 use crate::postgres::{Error, Session};
 use crate::stop::Stop;
@@ -46,6 +48,7 @@ pub enum Trouble {
 /// An open desk.
 pub struct Desk<'a> {
     consumer: &'a Consumer,
+    signer: Signer,
     retention: Duration,
     queue: desk::Desk,
     session: Session,
@@ -79,14 +82,24 @@ impl<'a> Desk<'a> {
             std::thread::sleep(SEAT_EVERY);
         }
         let purpose = format!("{} {purpose}", consumer.name);
-        let queue = desk::Desk::open(&config.broker, queue, &purpose, despite_limit)?;
+        let seal = ledger::secret(&mut session)?.seal();
+        let signer = Signer::new(seal, &consumer.name);
+        let own = signer.clone();
+        let queue = desk::Desk::open(&config.broker, queue, &purpose, despite_limit, own)?;
         Ok(Self {
             consumer,
+            signer,
             retention: config.ledger.retention,
             queue,
             session,
             read: 0,
         })
+    }
+
+    /// What signs the daemon's headers of its consumer's messages.
+    #[must_use]
+    pub fn signer(&self) -> &Signer {
+        &self.signer
     }
 
     /// The queues and exchanges of its consumer.
@@ -216,7 +229,8 @@ impl<'a> Desk<'a> {
         self.queue.give_back()?;
         let name = &self.consumer.topology.dead_letter_queue;
         let purpose = format!("{} {purpose}", self.consumer.name);
-        let queue = desk::Desk::open(&config.broker, name, &purpose, despite_limit)?;
+        let signer = self.signer.clone();
+        let queue = desk::Desk::open(&config.broker, name, &purpose, despite_limit, signer)?;
         let read = 0;
         Ok(Self {
             queue,

@@ -21,7 +21,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 pub use engine::{Tools, run};
-pub use way::Way;
+pub use way::{Way, origins};
 
 use super::canary::{Canary, Outcome, Trouble};
 use super::desk;
@@ -48,6 +48,9 @@ pub struct Order {
     pub beyond_retention: bool,
     /// Even those that were applied; the letters are then asked for by id.
     pub force: bool,
+    /// With [`Destination::Origin`], also to exchanges that are none of the
+    /// consumer's bindings.
+    pub any_origin: bool,
     /// As [`crate::broker::desk::Desk::open`] has it.
     pub despite_limit: bool,
     /// Letters are given back and taken anew after this time, because the broker
@@ -77,8 +80,8 @@ pub enum Hindrance {
     Refused,
     /// AMQP or the broker has no room for it.
     Unfit,
-    /// It should go where it came from, and that is not known, or is the
-    /// dead-letter queue.
+    /// It should go where it came from, and that is not known, is none of the
+    /// consumer's bindings, or is the dead-letter queue.
     NoOrigin,
 }
 

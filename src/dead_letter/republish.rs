@@ -98,7 +98,9 @@ pub fn outbound(
             }
         }
     }
+    // Through the default exchange it could name any queue of the broker's.
     if *destination == Destination::Origin
+        && !origin.exchange.is_empty()
         && let Some(cc) = properties.remove_header(CC_HEADER)
     {
         properties.set_header("CC", cc);

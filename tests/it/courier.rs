@@ -151,9 +151,9 @@ fn a_retry_keeps_every_amqp_type_of_header_and_every_property() {
         kept.get("ackonce-attempts"),
         Some(&AmqpValue::LongLongInt(1))
     );
-    // The two others are origin; the queue it waits in adds a count of its own.
+    // The others are origin and signature; the queue it waits in adds a count of its own.
     let of_the_broker = usize::from(kept.contains_key("x-delivery-count"));
-    assert_eq!(kept.len(), headers.len() + 3 + of_the_broker, "{kept:?}");
+    assert_eq!(kept.len(), headers.len() + 4 + of_the_broker, "{kept:?}");
     let p = &waiting.properties;
     assert_eq!(p.content_type().as_deref(), Some("application/json"));
     assert_eq!(p.content_encoding().as_deref(), Some("utf-8"));

@@ -34,6 +34,7 @@ mod fuzz_seeds;
 mod harness;
 mod health;
 mod hostile;
+mod hostile_headers;
 mod hostile_redis;
 mod hostile_retries;
 mod house;

@@ -286,6 +286,7 @@ fn a_letter_keeps_its_properties_and_loses_what_daemon_and_broker_wrote_on_it() 
             "ackonce-replayed-at",
             "ackonce-replays",
             "ackonce-routing-key",
+            "ackonce-signature",
             "list",
             "u8",
         ];
@@ -410,7 +411,12 @@ fn a_letter_whose_origin_is_gone_stays_and_another_way_is_named() {
     daemon.stop();
     mend(&world);
     channel.exchange_delete("shop", false).unwrap();
-    let gone = replay(&world, &config, &["--yes", "--json", "--to-origin"]).expect(1);
+    let gone = replay(
+        &world,
+        &config,
+        &["--yes", "--json", "--to-origin", "--any-origin"],
+    )
+    .expect(1);
     let report = summary(&gone);
     assert_eq!(
         report["replayed"], 2,
@@ -423,7 +429,12 @@ fn a_letter_whose_origin_is_gone_stays_and_another_way_is_named() {
     channel
         .exchange_declare(ExchangeType::Fanout, "shop", durable())
         .unwrap();
-    let nowhere = replay(&world, &config, &["--yes", "--json", "--to-origin"]).expect(1);
+    let nowhere = replay(
+        &world,
+        &config,
+        &["--yes", "--json", "--to-origin", "--any-origin"],
+    )
+    .expect(1);
     assert_eq!(summary(&nowhere)["hindered"]["unroutable"], 2);
     assert_eq!(letters_left(&world), 2);
     replay(&world, &config, &["--yes", "--to-queue"]).expect(0);
@@ -459,7 +470,7 @@ fn by_default_no_other_queue_gets_a_message_again() {
     replay(&world, &config, &["--yes", "--limit", "2"]).expect(0);
     world.wait_for_effects(2);
     assert_eq!(world.broker.ready("audit"), 0);
-    replay(&world, &config, &["--yes", "--to-origin"])
+    replay(&world, &config, &["--yes", "--to-origin", "--any-origin"])
         .expect(0)
         .says(&["other queues"]);
     world.wait_for_effects(3);

@@ -35,6 +35,7 @@ fn order(hold: Duration, rate: Option<&str>) -> Order {
         canary: None,
         beyond_retention: false,
         force: false,
+        any_origin: false,
         despite_limit: false,
         hold,
     }

@@ -94,6 +94,7 @@ impl<'a> Flow<'a> {
             feed.broker,
             link.server(),
             feed.consumer,
+            feed.signer,
             feed.backoff,
             Arc::clone(&ways_back),
         )?;
@@ -267,7 +268,7 @@ impl<'a> Flow<'a> {
                 }
                 self.refuse_stream(&delivery, feed)?;
                 let repairs = self.repairs.take(self.channel.channel_id(), tag);
-                let message = convert::hollow_out(&mut delivery, repairs);
+                let message = convert::hollow_out(&mut delivery, repairs, feed.signer);
                 self.meter.received(message.redelivered);
                 self.window.put(tag, Box::new(delivery));
                 let epoch = self.epoch;

@@ -7,6 +7,7 @@ use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 
 use crate::broker::convert::OF_THE_BROKER;
 use crate::broker::outgoing::SHORT_STRING_MAX_BYTES;
+use crate::broker::signed::Signer;
 use crate::config::checked::{self, DeadLetters};
 use crate::message::{
     ATTEMPTS_HEADER, CC_HEADER, DeadReason, EXCHANGE_HEADER, Parcel, Purpose, REASON_HEADER,
@@ -131,11 +132,19 @@ impl Copy {
     }
 
     /// As it is published. `random` draws the jitter.
-    pub(super) fn outgoing(&self, consumer: &checked::Consumer, random: u64) -> Parts {
+    pub(super) fn outgoing(
+        &self,
+        consumer: &checked::Consumer,
+        signer: &Signer,
+        random: u64,
+    ) -> Parts {
         // The broker would drop the message's own expiration on the way, too.
         let mut properties = without_expiration_and_user(&self.properties);
         if self.carries != Carries::Its {
-            properties = properties.with_headers(self.headers());
+            let mut headers = self.headers();
+            let id = self.properties.message_id().as_deref();
+            signer.sign_table(id, self.body(), &mut headers);
+            properties = properties.with_headers(headers);
         }
         match self.parcel.purpose {
             Purpose::Retry(step) => {

@@ -10,6 +10,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::broker::publisher::{Fate, Limits, Publisher, Seq};
+use crate::broker::signed::Signer;
 use crate::cli::desk::{self, DeskArguments, connect, trouble, walk};
 use crate::cli::migrate::report;
 use crate::cli::publish::line;
@@ -18,6 +19,7 @@ use crate::cli::{Exit, output};
 use crate::config::checked::{Config, Consumer};
 use crate::dead_letter::desk::Desk;
 use crate::dead_letter::file::Entry;
+use crate::ledger;
 use crate::ledger::desk::{self as book, Action, ActionId};
 use crate::message::{Fingerprint, MessageId, hex};
 use crate::postgres::Session;
@@ -299,10 +301,13 @@ fn publish(
         filter: "--all",
         file: Some(&file),
     };
+    let seal = ledger::secret(session).map_err(|e| report(&e))?.seal();
+    let signer = Signer::new(seal, &consumer.name);
     let action = book::begin(session, &action, config.ledger.retention).map_err(|e| report(&e))?;
     let mut importer = Importer {
         queue: &consumer.topology.dead_letter_queue,
         user,
+        signer,
         publisher,
         action,
         waiting: Vec::new(),
@@ -350,6 +355,7 @@ struct Origin {
 struct Importer<'a> {
     queue: &'a str,
     user: String,
+    signer: Signer,
     publisher: Publisher,
     action: ActionId,
     waiting: Vec<(Origin, Entry)>,
@@ -384,7 +390,8 @@ impl Importer<'_> {
         book::note(session, self.action, &keys).map_err(|e| report(&e))?;
         let mut sent: HashMap<Seq, Origin> = HashMap::new();
         for (origin, entry) in letters {
-            let properties = entry.properties.moved_aside(&self.user);
+            let mut properties = entry.properties.moved_aside(&self.user);
+            self.signer.sign(&mut properties, &entry.body);
             let route = ("", self.queue);
             match self
                 .publisher

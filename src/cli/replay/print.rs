@@ -118,8 +118,8 @@ pub(super) fn print_survey(consumer: &Consumer, order: &Order, survey: &Survey, 
     output(&table.text());
     if survey.barred > 0 {
         eprintln!(
-            "ackonce: {} of them would be left: their origin is not known, or is the dead-letter \
-             queue\n  hint: --to-queue sends them to queue {}",
+            "ackonce: {} of them would be left: their origin is not known, is none of the consumer's \
+             bindings, or is the dead-letter queue\n  hint: --to-queue sends them to queue {}",
             survey.barred, consumer.topology.queue
         );
     }

@@ -13,6 +13,7 @@ use super::way::Way;
 use super::{Action, Cut, Event, Hindrance, Line, Order, Report};
 use crate::broker::desk::Ticket;
 use crate::broker::publisher::{Publisher, Seq};
+use crate::broker::signed::Signer;
 use crate::config::checked::Config;
 use crate::dead_letter::desk::Desk;
 use crate::dead_letter::filter::Filter;
@@ -46,6 +47,7 @@ pub(super) struct Engine<'a> {
     pub(super) lookout: Lookout<'a>,
     pub(super) action: ActionId,
     pub(super) run: String,
+    pub(super) signer: Signer,
     pub(super) publisher: Option<Publisher>,
     pub(super) pace: Pace,
     /// Letters that were taken and not looked up.
@@ -98,6 +100,7 @@ pub fn run<'a>(
         depth: tools.desk.depth(),
         ..Report::default()
     };
+    let signer = tools.desk.signer().clone();
     let mut engine = Engine {
         order,
         config: tools.config,
@@ -109,6 +112,7 @@ pub fn run<'a>(
         lookout: tools.lookout,
         action: tools.action,
         run,
+        signer,
         publisher: None,
         pace: Pace::new(order.rate, Instant::now()),
         pending: VecDeque::new(),

@@ -111,13 +111,10 @@ impl Engine<'_> {
             routing_key,
         };
         let to = &self.order.destination;
-        Ok(republish::outbound(
-            &letter.properties,
-            origin,
-            to,
-            self.queue,
-            stamp,
-        ))
+        let mut outbound = republish::outbound(&letter.properties, origin, to, self.queue, stamp);
+        self.signer
+            .sign(&mut outbound.properties, &letter.message.body);
+        Ok(outbound)
     }
 
     fn publisher(&mut self) -> Result<&mut Publisher, Cut> {

@@ -1,6 +1,8 @@
 //! What is done with a letter: one answer, for the plan and for the replay.
 //! Pure.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::Order;
@@ -65,6 +67,13 @@ impl Order {
             ));
         }
         let (exchange, routing_key) = letter.origin();
+        if !self.any_origin && !feeds(topology, exchange, routing_key) {
+            return Some(format!(
+                "it says that it was first published to exchange {exchange:?} with routing key \
+                 {routing_key:?}, and no binding of the consumer is one to that{HINT}, \
+                 --any-origin to wherever it says"
+            ));
+        }
         let dead_queue = &topology.dead_letter_queue;
         let leads_back = exchange == topology.dead_letter_exchange
             || (exchange.is_empty() && routing_key == dead_queue);
@@ -72,6 +81,28 @@ impl Order {
             format!("it was first published to the dead-letter queue {dead_queue} itself{HINT}")
         })
     }
+}
+
+/// Whether what is published there can be what the consumer is configured to
+/// get.
+fn feeds(topology: &Topology, exchange: &str, routing_key: &str) -> bool {
+    match exchange {
+        "" => routing_key == topology.queue,
+        _ => topology.bindings.iter().any(|b| b.exchange == exchange),
+    }
+}
+
+/// Where letters can go that go to their origin, for humans.
+#[must_use]
+pub fn origins(topology: &Topology) -> String {
+    let exchanges: BTreeSet<&str> = topology
+        .bindings
+        .iter()
+        .map(|binding| binding.exchange.as_str())
+        .collect();
+    let mut all: Vec<String> = vec![format!("queue {}", topology.queue)];
+    all.extend(exchanges.into_iter().map(|name| format!("exchange {name}")));
+    all.join(", ")
 }
 
 /// What to do about a letter that cannot go where it should.
@@ -91,6 +122,7 @@ mod tests {
             canary: None,
             beyond_retention: false,
             force: false,
+            any_origin: false,
             despite_limit: false,
             hold: Duration::ZERO,
         }
