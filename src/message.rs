@@ -263,6 +263,20 @@ pub struct Message {
     pub repairs: Repairs,
 }
 
+impl Message {
+    /// The `timestamp` property in seconds since 1970, negative before.
+    #[must_use]
+    pub fn published_seconds(&self) -> Option<i64> {
+        let at = self.published_at?;
+        match at.duration_since(SystemTime::UNIX_EPOCH) {
+            Ok(since) => i64::try_from(since.as_secs()).ok(),
+            Err(before) => i64::try_from(before.duration().as_secs())
+                .ok()
+                .map(|seconds| -seconds),
+        }
+    }
+}
+
 /// A message with the ticket that settles it.
 #[derive(Debug)]
 pub struct Delivery {

@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use super::address::Address;
 use super::cause::{Cause, Happening};
 use super::error::{ConnectError, LinkError, Stage};
-use super::guard::{FRAME_MAX_DEFAULT, Guard, RepairLog};
+use super::guard::{FRAME_MAX_DEFAULT, FrameMax, Guard, RepairLog};
 use super::transport::{self, Transport};
 use super::watchdog::{Watch, Watchdog};
 use crate::config::checked::{Broker, Secret};
@@ -41,6 +41,7 @@ pub struct Link {
     /// `None` only while it is being closed.
     open: Option<Open>,
     repairs: RepairLog,
+    frame_max: FrameMax,
     address: Address,
     server: usize,
     blocked: Option<String>,
@@ -129,6 +130,7 @@ impl<'a> Dial<'a> {
         let watchdog = Watchdog::start(clone, guard.pulse(), self.stop.cloned()).map_err(local)?;
         let watch = watchdog.watch(deadline.saturating_duration_since(Instant::now()));
         let repairs = guard.repair_log();
+        let frame_max = guard.frame_max();
         let mut connection = log_in(broker, &address, self.purpose, guard, &watchdog, deadline)?;
         let alarms = connection
             .listen_for_connection_blocked()
@@ -142,6 +144,7 @@ impl<'a> Dial<'a> {
                 alarms,
             }),
             repairs,
+            frame_max,
             address,
             server,
             blocked: None,
@@ -213,6 +216,12 @@ impl Link {
     #[must_use]
     pub fn repairs(&self) -> RepairLog {
         self.repairs.clone()
+    }
+
+    /// The longest frame that both sides take, in bytes.
+    #[must_use]
+    pub fn frame_max(&self) -> u32 {
+        self.frame_max.get()
     }
 
     /// The broker's version, as it says itself; empty when it does not.

@@ -1,6 +1,6 @@
 //! From amiquip's delivery to the house's own message.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use serde_json::{Map, Number, Value};
@@ -69,10 +69,7 @@ pub fn message(
         body,
         message_id: properties.message_id().clone(),
         content_type: properties.content_type().clone(),
-        // Some publishers send milliseconds; that is a far future, not an error.
-        published_at: properties
-            .timestamp()
-            .and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds))),
+        published_at: properties.timestamp().and_then(time),
         headers: properties
             .headers()
             .as_ref()
@@ -137,10 +134,11 @@ pub(super) fn json(value: &AmqpValue) -> Value {
         AmqpValue::LongLongInt(value) => Value::from(*value),
         AmqpValue::Float(value) => real(f64::from(*value)),
         AmqpValue::Double(value) => real(*value),
-        AmqpValue::DecimalValue(value) => decimal(value.scale, value.value),
+        AmqpValue::DecimalValue(value) => decimal(value.scale, value.value.cast_signed()),
         AmqpValue::LongString(value) => Value::String(clean(value)),
         AmqpValue::FieldArray(values) => values.iter().map(json).collect(),
-        AmqpValue::Timestamp(seconds) => Value::from(*seconds),
+        // The library reads these without their sign.
+        AmqpValue::Timestamp(seconds) => Value::from(seconds.cast_signed()),
         AmqpValue::FieldTable(table) => Value::Object(object(table)),
         AmqpValue::ByteArray(bytes) => Value::String(format!("\\x{}", hex(bytes))),
         AmqpValue::Void => Value::Null,
@@ -152,8 +150,21 @@ fn real(value: f64) -> Value {
     Number::from_f64(value).map_or_else(|| Value::String(value.to_string()), Value::Number)
 }
 
-fn decimal(scale: u8, value: u32) -> Value {
-    real(f64::from(value) / 10f64.powi(i32::from(scale)))
+/// The double that is nearest to it.
+fn decimal(scale: u8, value: i32) -> Value {
+    let text = format!("{value}e-{scale}");
+    text.parse().map_or(Value::String(text), real)
+}
+
+/// The time of a `timestamp` property. Some publishers send milliseconds; that
+/// is a far future, not an error.
+fn time(seconds: u64) -> Option<SystemTime> {
+    let seconds = seconds.cast_signed();
+    let distance = Duration::from_secs(seconds.unsigned_abs());
+    match seconds >= 0 {
+        true => UNIX_EPOCH.checked_add(distance),
+        false => UNIX_EPOCH.checked_sub(distance),
+    }
 }
 
 /// PostgreSQL cannot hold NUL in text or in JSON.
@@ -182,10 +193,15 @@ mod tests {
                 AmqpValue::FieldArray(vec![AmqpValue::Void]),
             ),
             ("time".to_owned(), AmqpValue::Timestamp(1)),
+            (
+                "before 1970".to_owned(),
+                AmqpValue::Timestamp((-1_i64).cast_unsigned()),
+            ),
         ]);
         let expected = serde_json::json!({
             "flag": true, "small": -1, "large": i64::MIN, "nan": "NaN",
             "text\u{FFFD}": "a\u{FFFD}b", "bytes": "\\x00ff", "list": [null], "time": 1,
+            "before 1970": -1,
         });
         assert_eq!(Value::Object(object(&table)), expected);
     }

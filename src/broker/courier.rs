@@ -214,7 +214,7 @@ impl Clerk {
         if self.is_proving() {
             return LOOK_EVERY;
         }
-        let due = |copy: &Copy| self.lanes.trouble(copy.lane()).unwrap_or(self.not_before);
+        let due = |copy: &Copy| self.trouble(copy).unwrap_or(self.not_before);
         // Without anything that waits, the next round waits for an order.
         let first = self.waiting.iter().map(due).min();
         first.map_or(Duration::ZERO, |due| {
@@ -269,6 +269,11 @@ impl Clerk {
             .max_by_key(|step| delay(*step))
     }
 
+    /// When a copy that could not be sent is tried again.
+    fn trouble(&self, copy: &Copy) -> Option<Instant> {
+        copy.due().or_else(|| self.lanes.trouble(copy.lane()))
+    }
+
     /// Sends what is due. A lane in trouble does not hold up the others.
     ///
     /// The broker closes the channel over some messages, and takes every
@@ -276,12 +281,8 @@ impl Clerk {
     /// So a copy in a lane that is in trouble goes alone.
     fn send_due(&mut self) -> Result<(), Gone> {
         let now = Instant::now();
-        let in_trouble = |lanes: &Lanes, copy: &Copy| lanes.trouble(copy.lane());
         for _ in 0..self.waiting.len() {
-            let alone = self
-                .sent
-                .values()
-                .any(|copy| in_trouble(&self.lanes, copy).is_some());
+            let alone = self.sent.values().any(|copy| self.trouble(copy).is_some());
             if alone || self.not_before > now {
                 break;
             }
@@ -297,7 +298,7 @@ impl Clerk {
                     }
                 }
             }
-            match in_trouble(&self.lanes, &copy) {
+            match self.trouble(&copy) {
                 Some(due) if due > now => self.waiting.push_back(copy),
                 Some(_) if !self.sent.is_empty() => {
                     self.waiting.push_front(copy);
@@ -369,10 +370,12 @@ impl Clerk {
     /// without what the daemon adds: as a dead letter, since a retry needs it.
     fn strip(&mut self, copy: Copy, why: &str) -> Result<(), Gone> {
         if copy.is_lightest() {
-            // Nothing is left to take away, and it must not spin.
-            let lane = copy.lane();
+            let mut copy = copy;
+            let tries = copy.wait_for_itself(self.backoff, random::draw());
             self.waiting.push_back(copy);
-            self.lane_failed(lane, why);
+            if tries.is_power_of_two() {
+                self.tell_that_copies_wait(tries, why);
+            }
             return Ok(());
         }
         log::warn!(

@@ -30,6 +30,8 @@ mod repair_log;
 mod table;
 
 use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use mio::{Evented, Poll, PollOpt, Ready, Token};
 
@@ -78,6 +80,7 @@ pub struct Guard<S> {
     offer: Offer,
     log: RepairLog,
     pulse: Pulse,
+    frame_max: FrameMax,
     /// `start..ready` is safe and waits to be handed out, `ready..end` is the
     /// beginning of a frame that is still incomplete.
     buffer: Vec<u8>,
@@ -90,6 +93,16 @@ pub struct Guard<S> {
     announced: Vec<Announced>,
     /// Why the stream was refused; every further read says so again.
     refused: Option<String>,
+}
+
+/// The longest frame that both sides of a connection take, in bytes.
+#[derive(Debug, Clone)]
+pub(super) struct FrameMax(Arc<AtomicU32>);
+
+impl FrameMax {
+    pub(super) fn get(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// A delivery known from its method frame.
@@ -121,6 +134,7 @@ impl<S> Guard<S> {
             },
             log: RepairLog::default(),
             pulse: Pulse::default(),
+            frame_max: FrameMax(Arc::new(AtomicU32::new(FRAME_MAX_FLOOR))),
             buffer: vec![0; READ_AHEAD],
             start: 0,
             ready: 0,
@@ -135,6 +149,11 @@ impl<S> Guard<S> {
     #[must_use]
     pub fn repair_log(&self) -> RepairLog {
         self.log.clone()
+    }
+
+    /// The longest frame that was agreed on, once it was.
+    pub(super) fn frame_max(&self) -> FrameMax {
+        self.frame_max.clone()
     }
 
     /// Beats when something comes in.
@@ -190,6 +209,9 @@ impl<S> Guard<S> {
         let payload = &mut self.buffer[payload_start..payload_end];
         if frame.kind == FrameKind::Method {
             let method = method::mend(payload, self.offer)?;
+            if let Some(limit) = method.frame_max {
+                self.frame_max.0.store(limit, Ordering::Relaxed);
+            }
             self.announce(frame.channel, &method);
             return Ok(());
         }

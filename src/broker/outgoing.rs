@@ -17,10 +17,13 @@ use super::confirms::Likeness;
 /// bytes: AMQP short strings.
 pub const SHORT_STRING_MAX_BYTES: usize = 255;
 
-/// Longest encoded properties, headers included, in bytes. With 12 bytes of
-/// class and body size before them, and 8 bytes around a frame, they must fit
-/// into RabbitMQ's default `frame_max` of 131,072.
-pub const PROPERTIES_MAX_BYTES: usize = 131_072 - 8 - 12;
+/// Longest encoded properties, headers included, in bytes, where frames may be
+/// as long as `frame_max`: they must fit into one, with 12 bytes of class and
+/// body size before them, and 8 bytes around them.
+#[must_use]
+pub const fn properties_max(frame_max: u32) -> usize {
+    (frame_max as usize).saturating_sub(8 + 12)
+}
 
 /// Most headers, those in nested tables and items of arrays counted.
 pub const HEADERS_MAX: usize = 4_096;
@@ -94,12 +97,14 @@ pub enum Unfit {
     },
     /// Properties and headers do not fit into a frame.
     #[error(
-        "its properties and headers take {bytes} bytes, and at most {PROPERTIES_MAX_BYTES} fit \
-         into a frame"
+        "its properties and headers take {bytes} bytes, and at most {most} fit into a frame of \
+         this connection"
     )]
     PropertiesTooLarge {
         /// How many they take.
         bytes: usize,
+        /// How many fit.
+        most: usize,
     },
     /// The body is too long.
     #[error("its body has {bytes} bytes, and at most {BODY_MAX_BYTES} are allowed")]
@@ -109,8 +114,9 @@ pub enum Unfit {
     },
 }
 
-/// Its properties as AMQP has them, and how many bytes they take.
-pub(super) fn encode(message: &Outgoing) -> Result<(AmqpProperties, usize), Unfit> {
+/// Its properties as AMQP has them, and how many bytes they take: at most
+/// `most`.
+pub(super) fn encode(message: &Outgoing, most: usize) -> Result<(AmqpProperties, usize), Unfit> {
     short("exchange", &message.exchange)?;
     short("routing key", &message.routing_key)?;
     if message.body.len() > BODY_MAX_BYTES {
@@ -138,8 +144,8 @@ pub(super) fn encode(message: &Outgoing) -> Result<(AmqpProperties, usize), Unfi
         properties = properties.with_headers(tally.table(&message.headers, 1)?);
         bytes += tally.bytes;
     }
-    if bytes > PROPERTIES_MAX_BYTES {
-        return Err(Unfit::PropertiesTooLarge { bytes });
+    if bytes > most {
+        return Err(Unfit::PropertiesTooLarge { bytes, most });
     }
     Ok((properties, bytes))
 }
@@ -150,6 +156,7 @@ pub(super) fn encode(message: &Outgoing) -> Result<(AmqpProperties, usize), Unfi
 pub(super) fn persist(
     (exchange, routing_key): (&str, &str),
     properties: AmqpProperties,
+    most: usize,
 ) -> Result<(AmqpProperties, usize), Unfit> {
     short("exchange", exchange)?;
     short("routing key", routing_key)?;
@@ -178,8 +185,8 @@ pub(super) fn persist(
         return Err(Unfit::TooManyHeaders);
     }
     bytes += headers.map_or(0, table_bytes);
-    if bytes > PROPERTIES_MAX_BYTES {
-        return Err(Unfit::PropertiesTooLarge { bytes });
+    if bytes > most {
+        return Err(Unfit::PropertiesTooLarge { bytes, most });
     }
     Ok((properties.with_delivery_mode(PERSISTENT), bytes))
 }
@@ -379,6 +386,8 @@ mod tests {
 
     use super::*;
 
+    const MOST: usize = properties_max(131_072);
+
     fn with_headers(headers: Value) -> Outgoing {
         let Value::Object(headers) = headers else {
             panic!("headers are an object");
@@ -450,7 +459,7 @@ mod tests {
             ),
         ];
         for (expected, message) in cases {
-            let error = encode(&message).unwrap_err();
+            let error = encode(&message, MOST).unwrap_err();
             assert_eq!(
                 error,
                 Unfit::TooLong {
@@ -459,7 +468,7 @@ mod tests {
                 }
             );
         }
-        let error = encode(&with_headers(json!({ long(): 1 }))).unwrap_err();
+        let error = encode(&with_headers(json!({ long(): 1 })), MOST).unwrap_err();
         assert!(
             matches!(error, Unfit::HeaderName { bytes: 256, .. }),
             "{error}"
@@ -468,7 +477,7 @@ mod tests {
             message_id: Some("x".repeat(255)),
             ..Outgoing::default()
         };
-        assert!(encode(&fits).is_ok());
+        assert!(encode(&fits, MOST).is_ok());
     }
 
     #[test]
@@ -477,16 +486,26 @@ mod tests {
             .map(|i| (i.to_string(), json!(i)))
             .collect();
         assert_eq!(
-            encode(&with_headers(many.into())).unwrap_err(),
+            encode(&with_headers(many.into()), MOST).unwrap_err(),
             Unfit::TooManyHeaders
         );
 
         let nested = |levels| (0..levels).fold(json!(1), |inner, _| json!([inner]));
-        assert!(encode(&with_headers(json!({ "h": nested(HEADER_DEPTH_MAX - 1) }))).is_ok());
-        let error = encode(&with_headers(json!({ "h": nested(HEADER_DEPTH_MAX) }))).unwrap_err();
+        assert!(
+            encode(
+                &with_headers(json!({ "h": nested(HEADER_DEPTH_MAX - 1) })),
+                MOST
+            )
+            .is_ok()
+        );
+        let error = encode(
+            &with_headers(json!({ "h": nested(HEADER_DEPTH_MAX) })),
+            MOST,
+        )
+        .unwrap_err();
         assert_eq!(error, Unfit::HeadersTooDeep);
 
-        let error = encode(&with_headers(json!({ "big": { "n": u64::MAX } }))).unwrap_err();
+        let error = encode(&with_headers(json!({ "big": { "n": u64::MAX } })), MOST).unwrap_err();
         assert_eq!(
             error,
             Unfit::HeaderNumber {
@@ -495,7 +514,7 @@ mod tests {
             }
         );
 
-        let error = encode(&with_headers(json!({ "h": "x".repeat(131_072) }))).unwrap_err();
+        let error = encode(&with_headers(json!({ "h": "x".repeat(131_072) })), MOST).unwrap_err();
         assert!(matches!(error, Unfit::PropertiesTooLarge { .. }), "{error}");
     }
 
@@ -512,7 +531,7 @@ mod tests {
             headers: with_headers(json!({ "a": [1, true, null, 1.5, { "x": "y" }] })).headers,
         };
         let of = |message: &Outgoing| {
-            let (properties, _) = encode(message).unwrap();
+            let (properties, _) = encode(message, MOST).unwrap();
             likener.of(
                 &message.exchange,
                 &message.routing_key,

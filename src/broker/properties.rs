@@ -45,15 +45,15 @@ pub enum Field {
     Decimal {
         /// Digits behind the point.
         scale: u8,
-        /// All digits.
-        value: u32,
+        /// All digits, with their sign.
+        value: i32,
     },
     /// Text.
     Text(String),
     /// Bytes.
     Bytes(Vec<u8>),
-    /// Seconds since 1970.
-    Timestamp(u64),
+    /// Seconds since 1970, negative before.
+    Timestamp(i64),
     /// A list.
     List(Vec<Field>),
     /// A table.
@@ -90,8 +90,8 @@ pub struct Properties {
     pub expiration: Option<String>,
     /// Its id.
     pub message_id: Option<String>,
-    /// Seconds since 1970.
-    pub timestamp: Option<u64>,
+    /// Seconds since 1970, negative before.
+    pub timestamp: Option<i64>,
     /// Its kind.
     pub type_: Option<String>,
     /// Who published it, as the broker has verified.
@@ -181,7 +181,7 @@ impl Properties {
                 "delivery_mode" => properties.delivery_mode = Some(small(name, value)?),
                 "priority" => properties.priority = Some(small(name, value)?),
                 "timestamp" => {
-                    let seconds = value.as_u64();
+                    let seconds = value.as_i64();
                     properties.timestamp =
                         Some(seconds.ok_or_else(|| wrong(name, "a number of seconds"))?);
                 }
@@ -241,7 +241,7 @@ impl Properties {
             reply_to: properties.reply_to().clone(),
             expiration: properties.expiration().clone(),
             message_id: properties.message_id().clone(),
-            timestamp: *properties.timestamp(),
+            timestamp: properties.timestamp().map(u64::cast_signed),
             type_: properties.type_().clone(),
             user_id: properties.user_id().clone(),
             app_id: properties.app_id().clone(),
@@ -267,12 +267,14 @@ impl Properties {
             reply_to with_reply_to,
             expiration with_expiration,
             message_id with_message_id,
-            timestamp with_timestamp,
             type_ with_type_,
             user_id with_user_id,
             app_id with_app_id,
             cluster_id with_cluster_id
         );
+        if let Some(seconds) = self.timestamp {
+            out = out.with_timestamp(seconds.cast_unsigned());
+        }
         match &self.headers {
             Some(headers) => out.with_headers(table(headers)),
             None => out,
@@ -364,7 +366,7 @@ impl Field {
             "uint16" => Self::Uint16(integer(value).ok_or_else(unfit)?),
             "int32" => Self::Int32(integer(value).ok_or_else(unfit)?),
             "uint32" => Self::Uint32(integer(value).ok_or_else(unfit)?),
-            "timestamp" => Self::Timestamp(value.as_u64().ok_or_else(unfit)?),
+            "timestamp" => Self::Timestamp(value.as_i64().ok_or_else(unfit)?),
             "float" => Self::Float(text()?.parse().map_err(|_| unfit())?),
             "double" => Self::Double(text()?.parse().map_err(|_| unfit())?),
             "bytes" => Self::Bytes(BASE64.decode(text()?).map_err(|_| unfit())?),
@@ -442,11 +444,11 @@ pub(super) fn field(value: &AmqpValue) -> Field {
         AmqpValue::Double(value) => Field::Double(*value),
         AmqpValue::DecimalValue(decimal) => Field::Decimal {
             scale: decimal.scale,
-            value: decimal.value,
+            value: decimal.value.cast_signed(),
         },
         AmqpValue::LongString(text) => Field::Text(text.clone()),
         AmqpValue::ByteArray(bytes) => Field::Bytes(bytes.clone()),
-        AmqpValue::Timestamp(seconds) => Field::Timestamp(*seconds),
+        AmqpValue::Timestamp(seconds) => Field::Timestamp(seconds.cast_signed()),
         AmqpValue::FieldArray(items) => Field::List(items.iter().map(field).collect()),
         AmqpValue::FieldTable(table) => Field::Table(fields(table)),
     }
@@ -474,12 +476,12 @@ fn amqp(value: &Field) -> AmqpValue {
         Field::Double(value) => AmqpValue::Double(*value),
         // amiquip does not name the type: it is made by what the type can read.
         Field::Decimal { scale, value } => {
-            serde_json::from_value(json!({ "scale": scale, "value": value }))
+            serde_json::from_value(json!({ "scale": scale, "value": value.cast_unsigned() }))
                 .map_or(AmqpValue::Void, AmqpValue::DecimalValue)
         }
         Field::Text(text) => AmqpValue::LongString(text.clone()),
         Field::Bytes(bytes) => AmqpValue::ByteArray(bytes.clone()),
-        Field::Timestamp(seconds) => AmqpValue::Timestamp(*seconds),
+        Field::Timestamp(seconds) => AmqpValue::Timestamp(seconds.cast_unsigned()),
         Field::List(items) => AmqpValue::FieldArray(items.iter().map(amqp).collect()),
         Field::Table(fields) => AmqpValue::FieldTable(table(fields)),
     }
@@ -505,10 +507,10 @@ mod tests {
             any::<f32>().prop_map(Field::Float),
             any::<f64>().prop_map(Field::Double),
             Just(Field::Double(f64::NEG_INFINITY)),
-            any::<(u8, u32)>().prop_map(|(scale, value)| Field::Decimal { scale, value }),
+            any::<(u8, i32)>().prop_map(|(scale, value)| Field::Decimal { scale, value }),
             any::<String>().prop_map(Field::Text),
             any::<Vec<u8>>().prop_map(Field::Bytes),
-            any::<u64>().prop_map(Field::Timestamp),
+            any::<i64>().prop_map(Field::Timestamp),
         ];
         leaf.prop_recursive(4, 24, 4, |inner| {
             let name = prop_oneof![Just("amqp".to_owned()), Just("value".to_owned()), ".{0,4}"];
@@ -531,7 +533,7 @@ mod tests {
         fn what_goes_through_amqp_comes_back_as_it_was(
             headers in prop::collection::btree_map(".{0,8}", field(), 0..4),
             message_id: Option<String>,
-            timestamp: Option<u64>,
+            timestamp: Option<i64>,
             priority: Option<u8>,
         ) {
             let properties = Properties {

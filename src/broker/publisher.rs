@@ -28,6 +28,10 @@ const CAUSE_WITHIN: Duration = Duration::from_secs(2);
 /// AMQP's reply code for a message that breaks a rule of the broker's.
 const PRECONDITION_FAILED: u16 = 406;
 
+/// AMQP's reply codes for what the broker cannot make sense of: it closes the
+/// connection over them.
+const NONSENSE: std::ops::RangeInclusive<u16> = 501..=506;
+
 /// AMQP's reply code for an exchange that the user may not publish to.
 const ACCESS_REFUSED: u16 = 403;
 
@@ -190,7 +194,7 @@ impl Publisher {
     ///
     /// [`PublishError`]; the message then has no number and no fate.
     pub fn publish(&mut self, message: &Outgoing) -> Result<Seq, PublishError> {
-        let (properties, property_bytes) = outgoing::encode(message)?;
+        let (properties, property_bytes) = outgoing::encode(message, self.properties_max()?)?;
         let route = (message.exchange.as_str(), message.routing_key.as_str());
         self.send(route, &message.body, properties, property_bytes)
     }
@@ -204,7 +208,8 @@ impl Publisher {
         body: &[u8],
         properties: AmqpProperties,
     ) -> Result<Seq, PublishError> {
-        let (properties, property_bytes) = outgoing::persist(route, properties)?;
+        let most = self.properties_max()?;
+        let (properties, property_bytes) = outgoing::persist(route, properties, most)?;
         self.send(route, body, properties, property_bytes)
     }
 
@@ -221,6 +226,13 @@ impl Publisher {
         properties: &Properties,
     ) -> Result<Seq, PublishError> {
         self.publish_copy(route, body, properties.to_amqp())
+    }
+
+    fn properties_max(&self) -> Result<usize, PublishError> {
+        match &self.live {
+            Some(live) => Ok(outgoing::properties_max(live.link.frame_max())),
+            None => Err(self.lost_error()),
+        }
     }
 
     fn send(
@@ -294,8 +306,8 @@ impl Publisher {
         self.server
     }
 
-    /// With which reply code the broker closed the channel, if it is lost by
-    /// that: one of the messages that were unconfirmed then is at fault.
+    /// With which reply code the broker closed the channel, or the connection
+    /// over what it could not read, if it is lost by that: one of the messages that were unconfirmed then is at fault.
     #[must_use]
     pub fn reply(&self) -> Option<u16> {
         self.reply
@@ -303,10 +315,12 @@ impl Publisher {
 
     /// True when it is lost because the broker will not have a message such as
     /// one of those that were unconfirmed then (406: longer than its
-    /// `max_message_size`, or with a property it objects to).
+    /// `max_message_size`, or with a property it objects to; 501 and the like:
+    /// it cannot be read).
     #[must_use]
     pub fn refused(&self) -> bool {
-        self.reply == Some(PRECONDITION_FAILED)
+        let is_refusal = |code: u16| code == PRECONDITION_FAILED || NONSENSE.contains(&code);
+        self.reply.is_some_and(is_refusal)
     }
 
     /// True when it is lost because the exchange of one of the messages that
@@ -498,7 +512,7 @@ impl Live {
     }
 
     /// A dead channel knows why the broker closed it, a dead connection the
-    /// rest. With the reply code when the broker closed the channel.
+    /// rest. With the reply code where a message is at fault.
     fn cause_of_death(self, waited: Duration) -> (String, Option<u16>) {
         let Self { link, channel, .. } = self;
         if link.timed_out() {
@@ -517,6 +531,9 @@ impl Live {
             link.abandon(());
             let reply = match &error {
                 amiquip::Error::ServerClosedChannel { code, .. } => Some(*code),
+                amiquip::Error::ServerClosedConnection { code, .. } if NONSENSE.contains(code) => {
+                    Some(*code)
+                }
                 _ => None,
             };
             return (error.to_string(), reply);

@@ -102,7 +102,7 @@ impl Death {
             exchange: text("exchange").to_owned(),
             routing_key: key.unwrap_or_default().to_owned(),
             at: match table.get("time") {
-                Some(Field::Timestamp(seconds)) => Some(*seconds),
+                Some(Field::Timestamp(seconds)) => u64::try_from(*seconds).ok(),
                 _ => None,
             },
         })

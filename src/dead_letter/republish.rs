@@ -38,7 +38,7 @@ pub struct Stamp<'a> {
     /// Which replay it is.
     pub run: &'a str,
     /// When, in seconds since 1970.
-    pub at: u64,
+    pub at: i64,
     /// The user that publishes.
     pub user: &'a str,
 }

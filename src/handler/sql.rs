@@ -15,8 +15,9 @@ use crate::config::checked;
 use crate::message::Message;
 use crate::postgres::{Error, Session};
 
-/// Last second of the year 9999, the latest time that is passed on.
-const TIMESTAMP_MAX: u64 = 253_402_300_799;
+/// First second of the year 1 and last one of the year 9999: times beyond are
+/// not passed on.
+const TIMESTAMPS: std::ops::RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
 
 /// The relation. `OFFSET 0` keeps the planner from parsing `body` again for
 /// every place that mentions it.
@@ -173,14 +174,11 @@ impl<'a> Columns<'a> {
 
 #[expect(
     clippy::cast_precision_loss,
-    reason = "whole seconds up to the year 9999 are exact in a double"
+    reason = "whole seconds of ten thousand years are exact in a double"
 )]
 fn published_at(message: &Message) -> Option<f64> {
-    let since = message
-        .published_at?
-        .duration_since(std::time::UNIX_EPOCH)
-        .ok()?;
-    (since.as_secs() <= TIMESTAMP_MAX).then_some(since.as_secs() as f64)
+    let seconds = message.published_seconds()?;
+    TIMESTAMPS.contains(&seconds).then_some(seconds as f64)
 }
 
 /// Whether `jsonb` can hold the body: JSON of at most 128 levels, without the

@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use amiquip::AmqpValue;
 use nix::sys::signal::Signal;
 
 use crate::common::letters::{judged, kill_messages, mend, wait_for_letters};
@@ -157,6 +158,58 @@ fn a_copy_that_the_broker_will_not_have_is_dead_lettered_and_its_neighbours_are_
         }
         let dead = world.broker.wait_for_dead(ORDERS_DEAD, 1);
         assert_eq!(dead[0].id(), Some("bad-large"));
+        world.drain_with(daemon, &config, ORDERS);
+        let ids = [numbered_ids("bad-small", 10), numbered_ids("bad-later", 10)].concat();
+        world.assert_each_applied_once(&ids);
+    }
+}
+
+/// What the broker offers to new connections, until this is dropped.
+struct Offer<'b>(&'b PrivateBroker);
+
+impl<'b> Offer<'b> {
+    fn of(broker: &'b PrivateBroker, frame_max: u32, channel_max: u16, heartbeat: u16) -> Self {
+        broker.evaluate(&format!(
+            "application:set_env(rabbit, frame_max, {frame_max}), \
+             application:set_env(rabbit, channel_max, {channel_max}), \
+             application:set_env(rabbit, heartbeat, {heartbeat})."
+        ));
+        Self(broker)
+    }
+}
+
+impl Drop for Offer<'_> {
+    fn drop(&mut self) {
+        std::mem::forget(Self::of(self.0, 131_072, 2_047, 60));
+    }
+}
+
+#[test]
+fn with_small_frames_few_channels_and_no_heartbeat_a_header_that_fills_a_frame_holds_up_nobody() {
+    let broker = PrivateBroker::in_turn();
+    for dead_letters in ["reject", "publish"] {
+        let world = World::on(&broker);
+        make_fail_once(&world);
+        let orders = Consumer::orders()
+            .sql(FAIL_ONCE)
+            .set("retry.breaker", 0)
+            .set("topology.dead_letters", dead_letters)
+            .backoff(&["100ms"]);
+        let config = world.config().consumer(orders);
+        world.prepare(&config);
+        let _offer = Offer::of(&broker, 8_192, 2, 0);
+        // With the daemon's own headers a copy would not fit.
+        let filling = AmqpValue::LongString("x".repeat(8_100));
+        world.broker.send(ORDERS, numbered("bad-small", 10));
+        let large = Msg::new("bad-large").header("h", filling);
+        world.broker.send(ORDERS, [large]);
+        world.broker.send(ORDERS, numbered("bad-later", 10));
+        let daemon = world.run(&config);
+        world.wait_for_effects(20);
+        let dead = world.broker.wait_for_dead(ORDERS_DEAD, 1);
+        assert_eq!(dead[0].id(), Some("bad-large"));
+        assert!(!daemon.logged(&["copies of messages wait"]));
+        assert!(!daemon.logged(&["lost the broker"]));
         world.drain_with(daemon, &config, ORDERS);
         let ids = [numbered_ids("bad-small", 10), numbered_ids("bad-later", 10)].concat();
         world.assert_each_applied_once(&ids);

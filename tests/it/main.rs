@@ -10,6 +10,7 @@
 mod common;
 
 mod alarm;
+mod amqp_types;
 mod broker_faults;
 mod cli;
 mod cluster;

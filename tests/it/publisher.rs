@@ -10,7 +10,7 @@ mod tls_proxy;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use ackonce::broker::outgoing::{HEADERS_MAX, PROPERTIES_MAX_BYTES};
+use ackonce::broker::outgoing::{HEADERS_MAX, properties_max};
 use ackonce::broker::publisher::{Fate, Limits, Outgoing, PublishError, Publisher, Seq};
 use amiquip::{AmqpValue, FieldTable};
 use serde_json::{Map, json};
@@ -283,7 +283,7 @@ fn what_would_close_the_connection_is_refused_and_what_just_fits_is_not() {
         headers: Map::from_iter([("h".to_owned(), json!("x".repeat(length)))]),
         ..queue.message("x")
     };
-    let most = PROPERTIES_MAX_BYTES - around;
+    let most = properties_max(131_072) - around;
     let error = publisher.publish(&filled(most + 1)).unwrap_err();
     assert!(matches!(error, PublishError::Unfit(_)), "{error}");
     let long_id = Outgoing {

@@ -1,10 +1,11 @@
 //! A copy of a delivery, as it is published: what the message had, and what
 //! the daemon says about it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 
+use crate::backoff::Backoff;
 use crate::broker::convert::OF_THE_BROKER;
 use crate::broker::outgoing::SHORT_STRING_MAX_BYTES;
 use crate::broker::signed::Signer;
@@ -22,6 +23,10 @@ pub(in crate::broker) struct Copy {
     routing_key: String,
     parcel: Parcel,
     carries: Carries,
+    /// How often the broker refused it as light as it can be, and when it is
+    /// tried again.
+    refused: u32,
+    due: Option<Instant>,
 }
 
 /// Which headers there is room for.
@@ -61,7 +66,22 @@ impl Copy {
             routing_key: std::mem::take(&mut shell.routing_key),
             parcel,
             carries: Carries::All,
+            refused: 0,
+            due: None,
         }
+    }
+
+    /// When it is tried again, where the broker will not have it.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// The broker will not have it, and nothing is left to take away. It waits
+    /// for itself alone. Returns how often that was so.
+    pub(super) fn wait_for_itself(&mut self, backoff: Backoff, random: u64) -> u32 {
+        self.due = Some(Instant::now() + backoff.delay(self.refused, random));
+        self.refused = self.refused.saturating_add(1);
+        self.refused
     }
 
     pub(super) fn tag(&self) -> u64 {

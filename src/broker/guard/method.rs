@@ -20,6 +20,8 @@ pub(super) struct Method {
     pub(super) begins_content: bool,
     /// Delivery tags start anew on this channel.
     pub(super) opens_channel: bool,
+    /// The longest frame, where the method says it.
+    pub(super) frame_max: Option<u32>,
     /// The tag, where the content is a delivery.
     pub(super) delivery_tag: Option<u64>,
     /// Something in it was rewritten because it could not be read.
@@ -101,6 +103,7 @@ pub(super) fn mend(payload: &mut [u8], offer: Offer) -> Result<Method, String> {
     let mut method = Method {
         begins_content: matches!(id, BASIC_RETURN | BASIC_DELIVER | BASIC_GET_OK),
         opens_channel: id == CHANNEL_OPEN_OK,
+        frame_max: None,
         delivery_tag: None,
         damaged: false,
     };
@@ -127,7 +130,9 @@ fn mend_field(field: Field, rest: &mut &mut [u8], offer: Offer, method: &mut Met
         Field::DeliveryTag => method.delivery_tag = Some(u64::from_be_bytes(*take_array(rest)?)),
         Field::FrameMax => {
             let bytes = take_array(rest)?;
-            *bytes = frame_max(u32::from_be_bytes(*bytes), offer.frame_max).to_be_bytes();
+            let limit = frame_max(u32::from_be_bytes(*bytes), offer.frame_max);
+            method.frame_max = Some(limit);
+            *bytes = limit.to_be_bytes();
         }
         Field::Heartbeat => {
             let bytes = take_array(rest)?;

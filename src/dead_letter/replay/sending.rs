@@ -102,7 +102,7 @@ impl Engine<'_> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let stamp = Stamp {
             run: &self.run,
-            at: now.map_or(0, |now| now.as_secs()),
+            at: now.map_or(0, |now| now.as_secs().cast_signed()),
             user: &user,
         };
         let (exchange, routing_key) = letter.origin();

@@ -36,7 +36,7 @@ struct Request<'a> {
     exchange: &'a str,
     routing_key: &'a str,
     content_type: Option<&'a str>,
-    published_at: Option<u64>,
+    published_at: Option<i64>,
     deadline: f64,
     headers: &'a Map<String, Value>,
     #[serde(skip_serializing_if = "Option::is_none")]

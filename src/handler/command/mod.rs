@@ -164,9 +164,8 @@ fn deadline(within: Duration) -> f64 {
 }
 
 /// Seconds of the Unix epoch at which the message was published.
-fn published_at(work: &Work<'_>) -> Option<u64> {
-    let since = work.message.published_at?.duration_since(UNIX_EPOCH).ok()?;
-    Some(since.as_secs())
+fn published_at(work: &Work<'_>) -> Option<i64> {
+    work.message.published_seconds()
 }
 
 /// Sets a variable that a message fills. No value can hold a NUL byte.
