@@ -127,6 +127,15 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// Whether the receiver says that it has too much to do just now: that
+    /// speaks of the receiver, and is no attempt of the message's.
+    #[must_use]
+    pub fn asks_to_wait(&self) -> bool {
+        self.class == Class::Transient && self.code.as_deref() == Some("429")
+    }
+}
+
+impl Failure {
     /// Whether the database could not take a value: SQLSTATE class 22.
     #[must_use]
     pub fn is_data_exception(&self) -> bool {

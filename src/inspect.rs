@@ -426,15 +426,17 @@ fn topology_severity(error: &TopologyError) -> Severity {
         | TopologyError::Missing { .. }
         | TopologyError::Nowhere { .. }
         | TopologyError::NoWayBack { .. }
-        | TopologyError::Unsafe { .. } => Severity::Wrong,
+        | TopologyError::Unsafe { .. }
+        | TopologyError::Limit { .. } => Severity::Wrong,
         TopologyError::Denied { .. } => Severity::Denied,
         TopologyError::Lost { .. } => Severity::Unreachable,
     }
 }
 
 fn broker_severity(error: &crate::broker::error::ConnectError) -> Severity {
-    use crate::broker::error::ConnectError;
+    use crate::broker::error::{ConnectError, LIMIT_REACHED};
     match error {
+        ConnectError::Vhost { text, .. } if text.contains(LIMIT_REACHED) => Severity::Unreachable,
         ConnectError::LoginRefused { .. } | ConnectError::Vhost { .. } => Severity::Denied,
         ConnectError::Address(_) | ConnectError::Trust(_) => Severity::Wrong,
         _ => Severity::Unreachable,

@@ -2,7 +2,7 @@
 //! becomes of it. No behaviour beyond construction and comparison, no I/O.
 
 use std::fmt;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Longest usable message id, in bytes. AMQP short strings end there, and the
 /// ledger's index is sized for it.
@@ -155,6 +155,9 @@ pub struct Parcel {
     pub attempts: u32,
     /// What the copy is for.
     pub purpose: Purpose,
+    /// The least that a retry waits, whatever the jitter, as far as its step is
+    /// that long.
+    pub at_least: Duration,
 }
 
 /// What becomes of a copy.
@@ -254,6 +257,8 @@ pub struct Message {
     pub message_id: Option<String>,
     /// The `content_type` property.
     pub content_type: Option<String>,
+    /// The properties that say more about it.
+    pub about: About,
     /// The `timestamp` property, which AMQP counts in whole seconds.
     pub published_at: Option<SystemTime>,
     /// The header table as JSON. Byte arrays become `\x`-prefixed hex, times
@@ -274,6 +279,53 @@ impl Message {
                 .ok()
                 .map(|seconds| -seconds),
         }
+    }
+}
+
+/// Properties of a message that the daemon itself has no use for. NUL
+/// characters have become U+FFFD.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct About {
+    /// How the body is encoded, such as `gzip`.
+    pub content_encoding: Option<String>,
+    /// The `type` property.
+    pub kind: Option<String>,
+    /// What it answers, or belongs to.
+    pub correlation_id: Option<String>,
+    /// Where an answer is to go.
+    pub reply_to: Option<String>,
+    /// Which program published it.
+    pub app_id: Option<String>,
+    /// Who published it, which the broker has verified.
+    pub user_id: Option<String>,
+    /// How long it may live in a queue, in milliseconds. `None` on a retry.
+    pub expiration: Option<String>,
+    /// 0 to 255.
+    pub priority: Option<u8>,
+}
+
+impl About {
+    /// Each property that is there, by its name in AMQP.
+    #[must_use]
+    pub fn named(&self) -> Vec<(&'static str, String)> {
+        let texts = [
+            ("content_encoding", &self.content_encoding),
+            ("type", &self.kind),
+            ("correlation_id", &self.correlation_id),
+            ("reply_to", &self.reply_to),
+            ("app_id", &self.app_id),
+            ("user_id", &self.user_id),
+            ("expiration", &self.expiration),
+        ];
+        let texts = texts.into_iter();
+        let mut named: Vec<_> = texts
+            .filter_map(|(name, text)| Some((name, text.clone()?)))
+            .collect();
+        named.extend(
+            self.priority
+                .map(|priority| ("priority", priority.to_string())),
+        );
+        named
     }
 }
 

@@ -36,6 +36,8 @@ pub enum Happening {
     Unreadable,
     /// The broker could not make sense of what was sent to it.
     Objection,
+    /// A limit of the broker's is reached.
+    Limit,
     /// Anything else: the text has to do.
     Other,
 }
@@ -94,6 +96,10 @@ impl Happening {
                 "the broker did not like what the daemon sent: a fault of the daemon, please report \
                  it with this line"
             }
+            Self::Limit => {
+                "close connections that nobody needs, or raise the limit (rabbitmqctl \
+                 set_vhost_limits, set_user_limits)"
+            }
             Self::Other => "",
         }
     }
@@ -111,6 +117,7 @@ impl Happening {
             404 if says("is down or inaccessible") => Self::QueueDown,
             404 => Self::QueueGone,
             406 if says("delivery acknowledgement") => Self::AckTimeout,
+            530 if says("is reached") => Self::Limit,
             530 if says("not found") || says("is down") => Self::VhostGone,
             530 => Self::Denied,
             501..=505 => Self::Objection,
@@ -264,6 +271,11 @@ mod tests {
                 530,
                 "NOT_ALLOWED - vhost shop not found",
                 Happening::VhostGone,
+            ),
+            (
+                530,
+                "NOT_ALLOWED - access to vhost 'shop' refused for user 'u': connection limit (1) is reached",
+                Happening::Limit,
             ),
             (541, "INTERNAL_ERROR", Happening::Other),
         ] {

@@ -7,8 +7,8 @@ use serde_json::{Map, Number, Value};
 
 use super::signed::Signer;
 use crate::message::{
-    ATTEMPTS_HEADER, CC_HEADER, EXCHANGE_HEADER, Message, OWN_HEADERS, REPLAYS_HEADER,
-    ROUTING_KEY_HEADER, Repairs, SIGNATURE_HEADER, hex,
+    ATTEMPTS_HEADER, About, CC_HEADER, EXCHANGE_HEADER, Message, OWN_HEADERS, REPLAYS_HEADER,
+    ROUTING_KEY_HEADER, Repairs, SIGNATURE_HEADER, USER_ID_HEADER, hex,
 };
 
 /// Headers that the broker wrote about the journey of a message. In a copy
@@ -69,6 +69,7 @@ pub fn message(
         body,
         message_id: properties.message_id().clone(),
         content_type: properties.content_type().clone(),
+        about: about(properties),
         published_at: properties.timestamp().and_then(time),
         headers: properties
             .headers()
@@ -76,6 +77,26 @@ pub fn message(
             .map(headers)
             .unwrap_or_default(),
         repairs,
+    }
+}
+
+fn about(properties: &AmqpProperties) -> About {
+    let text = |text: &Option<String>| text.as_deref().map(clean);
+    About {
+        content_encoding: text(properties.content_encoding()),
+        kind: text(properties.type_()),
+        correlation_id: text(properties.correlation_id()),
+        reply_to: text(properties.reply_to()),
+        app_id: text(properties.app_id()),
+        // The broker lets nobody publish a copy in the name of another.
+        user_id: text(properties.user_id()).or_else(|| {
+            match properties.headers().as_ref()?.get(USER_ID_HEADER)? {
+                AmqpValue::LongString(user) => Some(clean(user)),
+                _ => None,
+            }
+        }),
+        expiration: text(properties.expiration()),
+        priority: *properties.priority(),
     }
 }
 

@@ -111,8 +111,8 @@ pub enum ConnectError {
     },
     /// The vhost does not exist, or the user may not use it, or is over a limit.
     #[error(
-        "failed to open the vhost of {address}: {text} (reply {code}); make it, and give the user \
-         configure, write and read permission on it"
+        "failed to open the vhost of {address}: {text} (reply {code}); {}",
+        vhost_hint(text)
     )]
     Vhost {
         /// Whereto, without password.
@@ -154,6 +154,26 @@ pub enum ConnectError {
         /// What is missing.
         detail: String,
     },
+}
+
+/// How the broker ends what it says about a limit.
+pub const LIMIT_REACHED: &str = "is reached";
+
+/// By the broker's words: the reply code is the same for all of them.
+fn vhost_hint(text: &str) -> &'static str {
+    match () {
+        () if text.contains(LIMIT_REACHED) => {
+            "close connections that nobody needs, or raise the limit (rabbitmqctl \
+             set_vhost_limits, set_user_limits); this is tried again"
+        }
+        () if text.contains("is down") => {
+            "it does not run on this node: see the broker's log (rabbitmqctl restart_vhost)"
+        }
+        () if text.contains("not found") => {
+            "make it, and give the user configure, write and read permission on it"
+        }
+        () => "give the user configure, write and read permission on it",
+    }
 }
 
 fn joined(errors: &[ConnectError]) -> String {

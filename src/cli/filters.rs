@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Args;
 
 use super::Exit;
+use crate::config::without_bom;
 use crate::dead_letter::filter::Filter;
 use crate::dead_letter::time;
 use crate::message::MESSAGE_ID_MAX_BYTES;
@@ -159,8 +160,9 @@ fn add_ids(mut input: impl BufRead, filter: &mut Filter) -> Result<(), String> {
         if read.map_err(|error| failed(&error))? == 0 {
             break;
         }
-        let line = String::from_utf8(line).map_err(|_| failed(&"it is not UTF-8"))?;
-        let id = line.strip_suffix('\n').unwrap_or(&line);
+        let text = without_bom(&line);
+        let line = std::str::from_utf8(text).map_err(|_| failed(&"it is not UTF-8"))?;
+        let id = line.strip_suffix('\n').unwrap_or(line);
         let id = id.strip_suffix('\r').unwrap_or(id);
         if !id.is_empty() {
             filter.id(id).map_err(|error| failed(&error))?;

@@ -25,6 +25,7 @@ use super::{ConfigArgument, Exit, desk};
 use crate::broker::outgoing::BODY_MAX_BYTES;
 use crate::broker::publisher::{Fate, Limits, Outgoing, PublishError, Publisher, Seq};
 use crate::config::checked::Broker;
+use crate::config::without_bom;
 use crate::dead_letter::file::brief;
 use crate::stop::Stop;
 
@@ -240,7 +241,8 @@ pub(super) fn line(input: &mut dyn BufRead) -> Result<Option<Vec<u8>>, String> {
     } else if read > LINE_MAX_BYTES {
         return Err(format!("it is longer than {LINE_MAX_BYTES} bytes"));
     }
-    Ok(Some(text))
+    // Files that were put together have such a mark within them, too.
+    Ok(Some(without_bom(&text).to_vec()))
 }
 
 /// One line of a file.

@@ -14,6 +14,8 @@ use super::desk::{self, DeskArguments, connect, trouble};
 use super::filters::{self, FilterArguments};
 use super::terminal::{Progress, confirm, interruptible, operator};
 use super::{Exit, output};
+use percent_encoding::percent_decode_str;
+
 use crate::broker::publisher::PublishError;
 use crate::config::checked::{Config, Consumer};
 use crate::config::read_duration;
@@ -110,7 +112,7 @@ struct Whither {
     to_origin: bool,
 
     /// To this exchange with this routing key, those without a usable id too;
-    /// /QUEUE is a queue
+    /// /QUEUE is a queue, and %2F stands for a slash in the exchange's name
     #[arg(long, value_name = "EXCHANGE/KEY", value_parser = destination)]
     to: Option<Destination>,
 }
@@ -209,12 +211,15 @@ fn destination(text: &str) -> Result<Destination, String> {
     let (exchange, routing_key) = text
         .split_once('/')
         .ok_or("it is EXCHANGE/KEY; a queue is /QUEUE")?;
+    let exchange = percent_decode_str(exchange)
+        .decode_utf8()
+        .map_err(|_| "%XX in the exchange's name have to be UTF-8")?;
     let fits = |text: &str| text.len() <= 255;
-    if !fits(exchange) || !fits(routing_key) {
+    if !fits(&exchange) || !fits(routing_key) {
         return Err("names have at most 255 bytes".to_owned());
     }
     Ok(Destination::To {
-        exchange: exchange.to_owned(),
+        exchange: exchange.into_owned(),
         routing_key: routing_key.to_owned(),
     })
 }

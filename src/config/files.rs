@@ -41,7 +41,18 @@ impl Unreadable {
     }
 }
 
-/// The whole text of `path`, if it has at most `limit` bytes.
+/// What editors put before UTF-8 to say that it is UTF-8. It is no part of a
+/// text, and PostgreSQL, URLs and HTTP take it for one.
+const BOM: &[u8] = b"\xEF\xBB\xBF";
+
+/// `bytes` of the beginning of a text without the mark before it.
+#[must_use]
+pub fn without_bom(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(BOM).unwrap_or(bytes)
+}
+
+/// The whole text of `path`, if it has at most `limit` bytes, without a mark
+/// that says that it is UTF-8.
 pub(super) fn read_text(path: &Path, limit: usize) -> Result<String, Unreadable> {
     let file = std::fs::File::open(path).map_err(Unreadable::Io)?;
     let mut bytes = Vec::new();
@@ -50,6 +61,9 @@ pub(super) fn read_text(path: &Path, limit: usize) -> Result<String, Unreadable>
         .map_err(Unreadable::Io)?;
     if bytes.len() > limit {
         return Err(Unreadable::TooLong(limit));
+    }
+    if without_bom(&bytes).len() < bytes.len() {
+        bytes.drain(..BOM.len());
     }
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();

@@ -36,7 +36,7 @@ pub use changes::changes;
 pub use checked::Config;
 pub use duration::{format as format_duration, read as read_duration};
 pub use error::{ConfigError, Problem};
-pub use files::{Stamp, stamp};
+pub use files::{Stamp, stamp, without_bom};
 pub use print::to_toml;
 pub use process::ProcessStatus;
 pub use size::format as format_size;

@@ -66,6 +66,54 @@ impl<'m> Message<'m> {
         self.work.message.content_type.as_deref()
     }
 
+    /// The `content_encoding` property, such as `gzip`: the body is as it was published.
+    #[must_use]
+    pub fn content_encoding(&self) -> Option<&'m str> {
+        self.work.message.about.content_encoding.as_deref()
+    }
+
+    /// The `type` property.
+    #[must_use]
+    pub fn message_type(&self) -> Option<&'m str> {
+        self.work.message.about.kind.as_deref()
+    }
+
+    /// The `correlation_id` property.
+    #[must_use]
+    pub fn correlation_id(&self) -> Option<&'m str> {
+        self.work.message.about.correlation_id.as_deref()
+    }
+
+    /// The `reply_to` property.
+    #[must_use]
+    pub fn reply_to(&self) -> Option<&'m str> {
+        self.work.message.about.reply_to.as_deref()
+    }
+
+    /// The `app_id` property.
+    #[must_use]
+    pub fn app_id(&self) -> Option<&'m str> {
+        self.work.message.about.app_id.as_deref()
+    }
+
+    /// The `user_id` property, which the broker has verified.
+    #[must_use]
+    pub fn user_id(&self) -> Option<&'m str> {
+        self.work.message.about.user_id.as_deref()
+    }
+
+    /// The `expiration` property, in milliseconds. `None` on a retry.
+    #[must_use]
+    pub fn expiration(&self) -> Option<&'m str> {
+        self.work.message.about.expiration.as_deref()
+    }
+
+    /// The `priority` property.
+    #[must_use]
+    pub fn priority(&self) -> Option<u8> {
+        self.work.message.about.priority
+    }
+
     /// The exchange that it was first published to; empty for the default one.
     #[must_use]
     pub fn exchange(&self) -> &'m str {

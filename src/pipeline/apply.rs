@@ -61,6 +61,9 @@ pub(super) struct Trouble {
     stage: Stage,
 }
 
+/// Longest text of an error in the log, in characters, as in the journal.
+const SHOWN_MAX: usize = 2_000;
+
 impl Worker {
     /// Applies `items`. What has to wait goes behind what need not.
     pub(super) fn apply(&mut self, items: Vec<Item>) {
@@ -377,8 +380,9 @@ impl Worker {
             self.close_gate(&last);
         }
         for mut item in failed {
-            item.counted = !broken;
-            if !broken && item.attempt() >= most {
+            let is_told_to_wait = item.failure.as_ref().is_some_and(Failure::asks_to_wait);
+            item.counted = !broken && !is_told_to_wait;
+            if item.counted && item.attempt() >= most {
                 self.advance(item, Event::Exhausted);
             } else if most > 1 {
                 self.advance(item, Event::Failed(Class::Transient));
@@ -459,7 +463,9 @@ impl Worker {
         };
         match failure.class {
             Class::Systemic if code.is_none_or(of_the_world) => {
-                failure.text.lines().next().unwrap_or_default()
+                let line = failure.text.lines().next().unwrap_or_default();
+                let end = line.char_indices().nth(SHOWN_MAX).map(|(at, _)| at);
+                end.map_or(line, |end| &line[..end])
             }
             _ => "attempts fail, see the failure journal",
         }

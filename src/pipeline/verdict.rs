@@ -179,6 +179,11 @@ impl Worker {
             body: std::mem::take(&mut message.body),
             attempts,
             purpose,
+            at_least: item
+                .failure
+                .as_ref()
+                .and_then(|failure| failure.retry_after)
+                .unwrap_or_default(),
         }))
     }
 
@@ -428,16 +433,13 @@ impl Worker {
     }
 }
 
-/// The first of the steps from `planned` to `last` after which `wait` is over
-/// whatever the jitter; the longest of them where none is long enough.
+/// The first of the steps from `planned` to `last` that is as long as `wait`,
+/// which its jitter does not shorten then; the longest of them where none is.
 fn step_not_before(retry: &checked::Retry, planned: usize, last: usize, wait: Duration) -> usize {
-    let shortest = |step: &usize| {
-        let delay = retry.backoff.get(*step).copied().unwrap_or_default();
-        delay * (100 - u32::from(retry.jitter_percent.min(100))) / 100
-    };
+    let delay = |step: &usize| retry.backoff.get(*step).copied().unwrap_or_default();
     (planned..=last)
-        .find(|step| shortest(step) >= wait)
-        .or_else(|| (planned..=last).max_by_key(shortest))
+        .find(|step| delay(step) >= wait)
+        .or_else(|| (planned..=last).max_by_key(delay))
         .unwrap_or(planned)
 }
 
@@ -457,7 +459,7 @@ mod tests {
             step_not_before(&retry(jitter), planned, 3, Duration::from_secs(wait))
         };
         assert_eq!(step(0, 0, 1), 0);
-        assert_eq!(step(0, 10, 1), 1, "jitter could make it shorter");
+        assert_eq!(step(0, 10, 1), 0, "its jitter does not shorten it then");
         assert_eq!(step(0, 0, 11), 2);
         assert_eq!(step(1, 0, 1), 1, "never before its turn");
         assert_eq!(step(0, 0, 3_600), 2, "the longest there is");

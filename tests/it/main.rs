@@ -52,6 +52,7 @@ mod parked;
 mod paused_workers;
 mod pauses;
 mod postgres_faults;
+mod properties;
 mod prune;
 mod publisher;
 mod reconnect;

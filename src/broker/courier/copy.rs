@@ -170,7 +170,8 @@ impl Copy {
             Purpose::Retry(step) => {
                 let delay = delay(consumer, step).unwrap_or_default();
                 let queue = consumer.topology.retry_queue(delay);
-                let expiration = shortened(delay, consumer.retry.jitter_percent, random);
+                let expiration = shortened(delay, consumer.retry.jitter_percent, random)
+                    .max(self.parcel.at_least.min(delay));
                 Parts {
                     exchange: String::new(),
                     routing_key: queue,

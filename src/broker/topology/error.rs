@@ -61,6 +61,17 @@ pub enum TopologyError {
         /// Why, and the way out.
         why: &'static str,
     },
+    /// The broker makes no more of them. That may pass.
+    #[error(
+        "failed to {action}: {text}\n  hint: delete what nobody needs, or raise the limit \
+         (rabbitmqctl set_vhost_limits)"
+    )]
+    Limit {
+        /// What was tried, and on what.
+        action: String,
+        /// The broker's words.
+        text: String,
+    },
     /// The user lacks a right.
     #[error(
         "failed to {action}: {text}\n  hint: the daemon's user needs configure, write and read \
@@ -82,6 +93,15 @@ pub enum TopologyError {
     },
 }
 
+/// The arguments that a configuration decides about.
+const KNOWN: [&str; 5] = [
+    "x-queue-type",
+    "x-delivery-limit",
+    "x-message-ttl",
+    "x-dead-letter-",
+    "x-overflow",
+];
+
 fn mismatch_hint(text: &str) -> &'static str {
     if text.contains("x-dead-letter-") {
         "a message rejected there would not come to the dead-letter queue: give the queue that \
@@ -90,6 +110,13 @@ fn mismatch_hint(text: &str) -> &'static str {
     } else if text.contains("exclusive access") {
         "the queue belongs to one connection alone, and goes with it: have it made durable and \
          not exclusive"
+    } else if text.contains("invalid arg") {
+        "the broker does not know this argument, or not with this value or this type of queue: \
+         correct it in the configuration"
+    } else if !KNOWN.iter().any(|name| text.contains(name)) && text.contains("inequivalent arg 'x-")
+    {
+        "the queue was made with an argument that the configuration does not give: have it made \
+         anew without it, or set mode = \"none\" in [consumer.topology], which compares nothing"
     } else {
         "change the configuration to match what exists, or delete what exists if it is empty and \
          unused"
@@ -107,7 +134,7 @@ impl TopologyError {
             | Self::Nowhere { .. }
             | Self::NoWayBack { .. }
             | Self::Unsafe { .. } => true,
-            Self::Denied { .. } | Self::Lost { .. } => false,
+            Self::Limit { .. } | Self::Denied { .. } | Self::Lost { .. } => false,
         }
     }
 
@@ -120,6 +147,9 @@ impl TopologyError {
                     // The broker says 404 also of a queue whose node is down.
                     404 if text.contains("no queue") || text.contains("no exchange") => {
                         Self::Missing { action, text }
+                    }
+                    406 if text.contains("limit") && text.contains("is reached") => {
+                        Self::Limit { action, text }
                     }
                     406 => Self::Mismatch { action, text },
                     403 => Self::Denied { action, text },

@@ -31,10 +31,18 @@ pub(super) const KEYS: &[&str] = keys::of_a_link!(
 );
 
 /// Names that the request itself needs, or that speak of one connection.
-const RESERVED: [&str; 20] = [
+const RESERVED: [&str; 28] = [
+    "ackonce-app-id",
     "ackonce-attempt",
+    "ackonce-correlation-id",
+    "ackonce-expiration",
+    "ackonce-priority",
+    "ackonce-reply-to",
     "ackonce-timeout-ms",
+    "ackonce-type",
+    "ackonce-user-id",
     "connection",
+    "content-encoding",
     "content-length",
     "content-type",
     "expect",

@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 
 use super::words::{harmless, shortened};
 use crate::config::defaults::RETRY_AFTER_MAX;
+use crate::config::without_bom;
 use crate::failure::{Class, Failure};
 use crate::handler::Work;
 use crate::identity::idempotency_key;
@@ -36,6 +37,15 @@ struct Request<'a> {
     exchange: &'a str,
     routing_key: &'a str,
     content_type: Option<&'a str>,
+    content_encoding: Option<&'a str>,
+    #[serde(rename = "type")]
+    kind: Option<&'a str>,
+    correlation_id: Option<&'a str>,
+    reply_to: Option<&'a str>,
+    app_id: Option<&'a str>,
+    user_id: Option<&'a str>,
+    expiration: Option<&'a str>,
+    priority: Option<u8>,
     published_at: Option<i64>,
     deadline: f64,
     headers: &'a Map<String, Value>,
@@ -50,6 +60,7 @@ struct Request<'a> {
 #[must_use]
 pub fn request(consumer: &str, id: u64, deadline: f64, work: &Work<'_>) -> Vec<u8> {
     let message = work.message;
+    let about = &message.about;
     let body = std::str::from_utf8(&message.body).ok();
     let request = Request {
         id,
@@ -61,6 +72,14 @@ pub fn request(consumer: &str, id: u64, deadline: f64, work: &Work<'_>) -> Vec<u
         exchange: &message.exchange,
         routing_key: &message.routing_key,
         content_type: message.content_type.as_deref(),
+        content_encoding: about.content_encoding.as_deref(),
+        kind: about.kind.as_deref(),
+        correlation_id: about.correlation_id.as_deref(),
+        reply_to: about.reply_to.as_deref(),
+        app_id: about.app_id.as_deref(),
+        user_id: about.user_id.as_deref(),
+        expiration: about.expiration.as_deref(),
+        priority: about.priority,
         published_at: super::published_at(work),
         deadline,
         headers: &message.headers,
@@ -126,7 +145,7 @@ struct Greeting {
 ///
 /// What is wrong with it.
 pub fn greeting(line: &[u8]) -> Result<(), String> {
-    match serde_json::from_slice::<Greeting>(line) {
+    match serde_json::from_slice::<Greeting>(without_bom(line)) {
         Ok(Greeting { ready: true }) => Ok(()),
         Ok(Greeting { ready: false }) => Err("it says that it is not ready".to_owned()),
         Err(_) => Err(format!(
@@ -265,6 +284,7 @@ mod tests {
             assert!(answer(line.as_bytes(), 7).is_err(), "{line}");
         }
         assert_eq!(greeting(b"{\"ready\": true}\r"), Ok(()));
+        assert_eq!(greeting(b"\xEF\xBB\xBF{\"ready\": true}"), Ok(()));
         for line in [
             "",
             "ready",

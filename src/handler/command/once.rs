@@ -77,6 +77,10 @@ impl Once {
         if let Some(content_type) = &message.content_type {
             set(&mut command, "ACKONCE_CONTENT_TYPE", content_type);
         }
+        for (name, value) in message.about.named() {
+            let name = format!("ACKONCE_{}", name.to_ascii_uppercase());
+            set(&mut command, &name, value);
+        }
         if let Some(published_at) = published_at(work) {
             set(
                 &mut command,

@@ -169,6 +169,7 @@ impl HttpHandler {
         if !headers.contains_key(CONTENT_TYPE) {
             request::add_content_type(&mut headers, work.message);
         }
+        request::add_properties(&mut headers, work.message);
         request::add_forwarded(&mut headers, &self.forward, work.message).map_err(unsendable)?;
         request::add_traceparent(&mut headers, work.message);
         headers.insert(ATTEMPT, HeaderValue::from(work.attempt));

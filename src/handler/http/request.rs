@@ -2,7 +2,7 @@
 //! publisher wrote gets there without having been looked at.
 
 use serde_json::Value;
-use ureq::http::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
+use ureq::http::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 
 use crate::config::checked::KeyFormat;
 use crate::config::defaults::HTTP_VALUE_MAX;
@@ -18,6 +18,25 @@ const TRACEPARENT: &str = "traceparent";
 pub(super) fn add_content_type(headers: &mut HeaderMap, message: &Message) {
     let own = message.content_type.as_deref().and_then(visible_ascii);
     headers.insert(CONTENT_TYPE, own.unwrap_or(UNTYPED));
+}
+
+/// Puts the message's content encoding into `headers`, by which its receiver
+/// reads the body, and its other properties as `ackonce-…`. What HTTP has no
+/// form for is left out.
+pub(super) fn add_properties(headers: &mut HeaderMap, message: &Message) {
+    for (name, text) in message.about.named() {
+        let header = match name {
+            "content_encoding" => Ok(CONTENT_ENCODING),
+            _ => format!("ackonce-{}", name.replace('_', "-")).parse::<HeaderName>(),
+        };
+        let value = match name {
+            "content_encoding" => visible_ascii(&text),
+            _ => field_value(&Value::String(text)).ok(),
+        };
+        if let (Ok(header), Some(value)) = (header, value) {
+            headers.insert(header, value);
+        }
+    }
 }
 
 /// Puts `names` of the message's headers into `headers`: texts, numbers, true
