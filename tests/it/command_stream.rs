@@ -8,7 +8,7 @@
 )]
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use crate::common::eventually;
 use crate::common::program::{
