@@ -45,6 +45,8 @@ enum End<'a> {
     Waiting { until: Option<&'a str> },
     /// Its wait is over, and nothing is known since.
     Due { since: Option<&'a str> },
+    /// An operator was about to put it back, and nothing is known since.
+    Sent { at: &'a str },
     /// Marked and not yet at an end.
     InWork { since: &'a str, deaths: i32 },
     /// Taken out of the dead-letter queue for good.
@@ -78,6 +80,8 @@ enum Event<'a> {
         action: &'a str,
         operator: &'a str,
         because: Option<&'a str>,
+        /// Nothing came of it: the message stayed in the dead-letter queue.
+        left: bool,
         fingerprint: &'a str,
     },
     /// A daemon took it for its keyed handler.
@@ -293,18 +297,21 @@ fn end<'a>(
     }
     if let Some(deed) = deed.filter(|deed| is_last(deed, last.copied(), mark)) {
         let at = &deed.at.text;
+        let reason = || last.and_then(|row| row.reason.as_deref());
         return Some(match deed.action.as_str() {
+            _ if deed.was_left => End::DeadLettered {
+                at: last.map_or(at.as_str(), |row| &row.at.text),
+                reason: reason().unwrap_or("its reason is not known"),
+            },
             "drop" => End::Dropped {
                 at,
                 operator: &deed.operator,
             },
             "import" => End::DeadLettered {
                 at,
-                reason: last
-                    .and_then(|row| row.reason.as_deref())
-                    .unwrap_or("imported"),
+                reason: reason().unwrap_or("imported"),
             },
-            _ => End::Due { since: Some(at) },
+            _ => End::Sent { at },
         });
     }
     match (last, mark) {
@@ -340,6 +347,7 @@ fn deed(row: &Deed) -> Event<'_> {
         action: &row.action,
         operator: &row.operator,
         because: row.because.as_deref(),
+        left: row.was_left,
         fingerprint: &row.fingerprint,
     }
 }
@@ -368,6 +376,10 @@ impl End<'_> {
                 "was to be tried again{}, and nothing is known since: it is in the queue, or in \
                  work",
                 since.map_or(String::new(), |since| format!(" at about {since}"))
+            ),
+            Self::Sent { at } => format!(
+                "was to be put back at {at}, and nothing is known since: it is in the queue, or in \
+                 work; or in the dead-letter queue, where the command was ended before it was sent"
             ),
             Self::InWork { since, deaths } => format!(
                 "in work since {since}, or lost with its worker; it died with it {deaths} time(s) \
@@ -406,12 +418,17 @@ impl Event<'_> {
                 action,
                 operator,
                 because,
+                left,
                 ..
             } => {
                 let because =
                     because.map_or_else(String::new, |why| format!(": {}", printable(why)));
+                let outcome = match left {
+                    true => ": it could not be sent, and stayed in the dead-letter queue",
+                    false => "",
+                };
                 format!(
-                    "{at}  {} by {}{because}",
+                    "{at}  {} by {}{because}{outcome}",
                     printable(action),
                     printable(operator)
                 )

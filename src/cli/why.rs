@@ -17,10 +17,10 @@ a dash.
 
 --json prints one object: message_id, known, truncated, consumers. Each of consumers has consumer, \
 state (applied with at, conflict; dead-lettered with at, reason; waiting with until; due with since; \
-in-work with since, deaths; claimed with since, until, over, host; dropped with at, operator) and \
+sent with at; in-work with since, deaths; claimed with since, until, over, host; dropped with at, operator) and \
 events. Each event has event and at; applied also fingerprint; marked also deaths; claimed also \
 host, fingerprint; desk, which is what an operator did to the dead letter, also action, operator, \
-because, fingerprint; failed also attempt, class, code, error, reason, repeated, retry_in_ms, \
+because, left, fingerprint; failed also attempt, class, code, error, reason, repeated, retry_in_ms, \
 retry_at, duration_ms, handler, host, worker, exchange, routing_key, fingerprint.
 
 Exit status: 0 something is known, 1 nothing is known of that id, 2 bad arguments, 69 PostgreSQL \

@@ -269,6 +269,15 @@ impl<'a> Desk<'a> {
         Ok(book::note(&mut self.session, action, letters)?)
     }
 
+    /// Writes down that a letter could not be sent, and stays.
+    ///
+    /// # Errors
+    ///
+    /// When it is not known to be written down.
+    pub fn note_left(&mut self, action: ActionId, letter: Key<'_>) -> Result<(), Trouble> {
+        Ok(book::note_left(&mut self.session, action, letter)?)
+    }
+
     /// Writes down that an action has ended.
     ///
     /// # Errors

@@ -260,6 +260,28 @@ pub(super) async fn note_in(
     .map(drop)
 }
 
+/// Writes down that nothing came of the action on `letter`: it is where it was.
+///
+/// # Errors
+///
+/// When it is not written down, or not known to be.
+pub fn note_left(session: &mut Session, action: ActionId, letter: Key<'_>) -> Result<(), Error> {
+    let (id, print) = letter;
+    session.run(async |connection| {
+        sqlx::query(
+            "INSERT INTO ackonce.desk_letter (action_id, consumer_id, message_id, fingerprint, \
+             outcome) VALUES ($1, $2, $3, $4, 'left')",
+        )
+        .bind(action.id)
+        .bind(action.consumer_id)
+        .bind(id)
+        .bind(&print.0[..])
+        .execute(connection)
+        .await
+        .map(drop)
+    })
+}
+
 /// Writes down that the action has ended.
 ///
 /// # Errors

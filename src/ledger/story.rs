@@ -129,6 +129,8 @@ pub struct Deed {
     pub operator: String,
     /// Why.
     pub because: Option<String>,
+    /// Nothing came of it: the letter stayed in the dead-letter queue.
+    pub was_left: bool,
 }
 
 /// Reads the story of `id`, with all consumers or with one, as it stands at
@@ -304,11 +306,12 @@ async fn deeds(
     let rows = sqlx::query(
         "SELECT name, (extract(epoch FROM acted_at) * 1000000)::int8, \
          to_char(acted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
-         encode(fingerprint, 'hex'), action, operator, because \
+         encode(fingerprint, 'hex'), action, operator, because, outcome = 'left' \
          FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.desk_letter \
          WHERE consumer_id = consumer.id AND message_id = $1) AS row \
          JOIN ackonce.desk_action ON desk_action.id = row.action_id \
-         WHERE $2 IS NULL OR name = $2 ORDER BY acted_at DESC, action_id DESC LIMIT $3",
+         WHERE $2 IS NULL OR name = $2 \
+         ORDER BY acted_at DESC, action_id DESC, outcome NULLS LAST LIMIT $3",
     )
     .bind(id.as_str())
     .bind(consumer)
@@ -325,6 +328,7 @@ async fn deeds(
                 action: row.try_get(4)?,
                 operator: row.try_get(5)?,
                 because: row.try_get(6)?,
+                was_left: row.try_get::<Option<bool>, _>(7)?.unwrap_or(false),
             })
         })
         .collect()

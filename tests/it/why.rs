@@ -5,7 +5,8 @@ use std::process::Output;
 use std::time::Duration;
 
 use crate::common::{
-    Config, Consumer, Msg, ORDERS, ORDERS_DEAD, Proxy, RECORD_AMOUNT, World, run_ackonce,
+    Config, Consumer, Msg, ORDERS, ORDERS_DEAD, Proxy, RECORD_AMOUNT, Tool, World, eventually,
+    run_ackonce,
 };
 use ackonce::failure::{Class, Failure};
 use ackonce::ledger::{JournalEntry, Ledger};
@@ -147,6 +148,45 @@ fn a_message_that_failed_twice_and_was_applied_has_its_story_told_in_order() {
     ] {
         assert!(verbose.contains(part), "{part:?} is not in:\n{verbose}");
     }
+}
+
+#[test]
+fn a_replay_that_could_not_send_a_dead_letter_leaves_it_where_it_was_and_says_so() {
+    let world = World::new();
+    let config = world
+        .config()
+        .consumer(Consumer::orders().sql(RECORD_AMOUNT));
+    world.prepare(&config);
+    world
+        .broker
+        .send(ORDERS, [Msg::new("m").json(&json!({ "amount": "many" }))]);
+    let daemon = world.run(&config);
+    eventually("it is dead", || world.broker.ready(ORDERS_DEAD) == 1);
+    daemon.stop();
+    let ended = Tool::new(
+        &world,
+        &config,
+        &["replay", ORDERS, "--to", "/gone", "--yes"],
+    )
+    .run();
+    assert_ne!(ended.code, Some(0));
+    let told = text(&why(&world, &config, &["m"]).stdout);
+    assert!(
+        told.contains("it could not be sent, and stayed in the dead-letter queue"),
+        "{told}"
+    );
+    let end = told.lines().last().unwrap();
+    assert!(
+        end.starts_with("  = dead-lettered at ") && end.ends_with(": rejected"),
+        "{end}"
+    );
+
+    // One that sends it, and no daemon to take it.
+    let sent = Tool::new(&world, &config, &["replay", ORDERS, "--yes"]).run();
+    sent.expect(0);
+    let told = text(&why(&world, &config, &["m"]).stdout);
+    let end = told.lines().last().unwrap();
+    assert!(end.starts_with("  = was to be put back at "), "{end}");
 }
 
 #[test]

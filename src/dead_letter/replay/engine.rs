@@ -22,7 +22,7 @@ use crate::dead_letter::lookout::{Judged, Lookout};
 use crate::dead_letter::pace::Pace;
 use crate::failpoint::{self, Step};
 use crate::ledger::desk::{ActionId, Key};
-use crate::message::hex;
+use crate::message::{MessageId, hex};
 use crate::stop::Stop;
 
 /// Letters that are looked up at once.
@@ -255,6 +255,14 @@ impl<'a> Engine<'a> {
 
     pub(super) fn hinder(&mut self, judged: &Judged, hindrance: Hindrance, why: String) {
         *self.report.hindered.entry(hindrance).or_default() += 1;
+        let id = judged.id.as_ref().map(MessageId::as_str);
+        let letter = (id, judged.fingerprint);
+        let action = self.action;
+        let noted = self.desk().map(|desk| desk.note_left(action, letter));
+        // `why` says then that it is not known where it is.
+        if !matches!(noted, Ok(Ok(()))) {
+            log::debug!("failed to write down that a dead letter stayed");
+        }
         self.line(judged, Action::Left, Some(hindrance), why);
     }
 
