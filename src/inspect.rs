@@ -166,8 +166,12 @@ fn postgres(config: &checked::Config, findings: &mut Findings) {
         let subject = format!("handler of {}", consumer.name);
         match SqlHandler::new(sql) {
             Err(error) => findings.add(&subject, Severity::Wrong, error.to_string()),
-            Ok(handler) => match handler.prepare(&mut session) {
-                Ok(()) => findings.add(&subject, Severity::Good, "every statement is understood"),
+            Ok(mut handler) => match handler.check(&mut session) {
+                Ok(()) => {
+                    let (statements, how) = handler.plan();
+                    let text = format!("{statements} statement(s), which run {how}");
+                    findings.add(&subject, Severity::Good, text);
+                }
                 Err(refused) => {
                     let (script, error) = *refused;
                     findings.add(&subject, severity_of(&error), script.to_string());

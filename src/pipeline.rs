@@ -9,7 +9,9 @@
 //! A handler whose effect is outside the database is led by a [`Foreman`]
 //! instead, with the same steps around it.
 
+mod apart;
 mod apply;
+mod contention;
 mod crew;
 mod item;
 mod keyed;
@@ -40,6 +42,7 @@ use crate::observe::Signs;
 use crate::random;
 use crate::stop::Stop;
 
+pub use contention::Contention;
 pub use item::Item;
 use item::usable_id;
 pub use keyed::Foreman;
@@ -71,6 +74,8 @@ pub struct Shared {
     /// Held for writing while a message is run that may kill its worker, and
     /// for reading while any other is: then a death is that one's alone.
     pub suspects: Arc<RwLock<()>>,
+    /// What its batches have learned of one another.
+    pub contention: Arc<Contention>,
     /// Whether to finish what is begun and begin nothing more.
     pub stop: Stop,
     /// The consumer's configuration.
@@ -158,6 +163,11 @@ pub struct Worker {
     tokens: Vec<Token>,
     /// The session was replaced, and nothing has succeeded since.
     reconnected: bool,
+    /// Messages of the current batch that failed and were left out, one at a
+    /// time.
+    left_out: u32,
+    /// Races that transactions of the current batch have lost.
+    races: u32,
     /// Attempts of the current batch failed, as all do at the moment.
     in_vain: bool,
     /// Batches tried in vain since the gate was closed.
@@ -189,6 +199,8 @@ impl Worker {
             failed: Vec::new(),
             tokens: Vec::new(),
             reconnected: false,
+            left_out: 0,
+            races: 0,
             in_vain: false,
             trials: 0,
             verdict: Verdict::default(),
@@ -281,7 +293,10 @@ impl Worker {
     fn fill(&self, batch: &mut Vec<Delivery>) {
         let most = match self.shared.gate.is_closed() {
             true => 1,
-            false => self.shared.consumer.batch_max,
+            false => {
+                let most = self.shared.consumer.batch_max;
+                self.shared.contention.batch_max(most, Instant::now())
+            }
         };
         let mut bytes: usize = batch.iter().map(|d| d.message.body.len()).sum();
         while batch.len() < most && bytes < BATCH_BYTES_MAX {

@@ -67,6 +67,7 @@ impl Pool {
             flights: Arc::new(Flights::default()),
             gate: Arc::new(Gate::default()),
             suspects: Arc::default(),
+            contention: Arc::default(),
             turn: Turn::default(),
             busy: Arc::default(),
             stop,

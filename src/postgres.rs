@@ -6,10 +6,11 @@
 //! rows must commit together. What the statements mean is not known here.
 
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgDatabaseError, PgSeverity, PgSslMode};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use crate::config::checked::{self, SslMode};
 use crate::failure::{Class, Failure, class_of_sqlstate};
@@ -18,6 +19,14 @@ use crate::trust;
 /// How much longer than the server's own `statement_timeout` a reply is waited
 /// for: past it the server or the network is taken for dead.
 const REPLY_GRACE: Duration = Duration::from_secs(5);
+
+/// Ends a transaction. What a handler has set for the session and not for its
+/// transaction alone is put back before a statement of ours can meet it; a
+/// transaction that is rolled back takes it along by itself.
+const COMMIT: &str = "COMMIT; RESET SESSION AUTHORIZATION; RESET ROLE; RESET ALL";
+
+/// Sessions that were opened by this process.
+static SESSIONS: AtomicU64 = AtomicU64::new(0);
 
 /// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,8 +63,50 @@ impl Error {
     }
 }
 
+/// A server's error, in parts.
+#[derive(Debug)]
+pub struct Refusal {
+    /// Its SQLSTATE.
+    pub code: String,
+    /// Its message.
+    pub message: String,
+    /// The table it names, or nothing.
+    pub table: String,
+    /// The column it names, or nothing.
+    pub column: String,
+    /// The constraint it names, or nothing.
+    pub constraint: String,
+}
+
+impl Refusal {
+    /// The failure, with its class, for journal and log. The error's detail is
+    /// no part of it: it quotes the row, and with it the message's content.
+    #[must_use]
+    pub fn into_failure(self) -> Failure {
+        let mut text = self.message;
+        for (label, value) in [
+            ("table", self.table),
+            ("column", self.column),
+            ("constraint", self.constraint),
+        ] {
+            if !value.is_empty() && !text.contains(&value) {
+                text.push_str(&format!(", {label} {value}"));
+            }
+        }
+        Failure {
+            class: class_of_sqlstate(&self.code),
+            code: Some(self.code),
+            text,
+            retry_after: None,
+        }
+    }
+}
+
 /// A connection and the runtime that drives it.
 pub struct Session {
+    id: u64,
+    /// Ends a transaction and puts back what it may have set for the session.
+    commit: String,
     connection: PgConnection,
     runtime: tokio::runtime::Runtime,
     reply_timeout: Duration,
@@ -84,14 +135,16 @@ impl Session {
             .map_err(|e| unreachable(format!("no runtime: {e}")))?;
         let connecting = async {
             let mut connection = PgConnection::connect_with(&options).await?;
-            settle(&mut connection).await?;
-            Ok(connection)
+            let settings = settle(&mut connection).await?;
+            Ok((connection, settings))
         };
         let connected = runtime
             .block_on(async { tokio::time::timeout(config.connect_timeout, connecting).await });
         let cause = match connected {
-            Ok(Ok(connection)) => {
+            Ok(Ok((connection, settings))) => {
                 return Ok(Self {
+                    id: SESSIONS.fetch_add(1, Ordering::Relaxed),
+                    commit: format!("{COMMIT}; {}", settings.join("; ")),
                     connection,
                     runtime,
                     reply_timeout: config.statement_timeout + REPLY_GRACE,
@@ -141,6 +194,39 @@ impl Session {
                 Ok(result) => result.map_err(|e| from_sqlx(&e)),
                 Err(_) => Err(Error::Lost(format!("no reply within {within:?}"))),
             }
+        })
+    }
+
+    /// Which session of this process it is.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Sets something for as long as the session lasts.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::run`].
+    pub fn set(&mut self, statement: &'static str) -> Result<(), Error> {
+        self.execute(statement)?;
+        self.commit.push_str("; ");
+        self.commit.push_str(statement);
+        Ok(())
+    }
+
+    /// Commits the open transaction, and puts the session's settings back.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::run`]; [`Error::Lost`] leaves open what became of it.
+    pub fn commit(&mut self) -> Result<(), Error> {
+        let text = self.commit.clone();
+        self.run(async |connection| {
+            sqlx::raw_sql(AssertSqlSafe(text))
+                .execute(connection)
+                .await?;
+            Ok(())
         })
     }
 
@@ -220,20 +306,31 @@ const RISKS: [(&str, &str); 3] = [
 
 /// What is set once a session is open, because not every server knows it or
 /// lets it be set while connecting.
-async fn settle(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    // What is committed must outlive the server. Other values than `off` are
-    // the operator's to choose: they all wait for the disk.
-    let durable = "SELECT set_config('synchronous_commit', 'on', false) \
-         WHERE current_setting('synchronous_commit') = 'off'";
-    sqlx::raw_sql(durable).execute(&mut *connection).await?;
-    // The locks of a daemon that was killed go within a second, and not when
-    // its statement ends.
-    let watch = "SET client_connection_check_interval = '1s'";
-    match sqlx::raw_sql(watch).execute(&mut *connection).await {
-        // Not on every operating system.
-        Err(sqlx::Error::Database(_)) | Ok(_) => Ok(()),
-        Err(error) => Err(error),
+///
+/// What is committed must outlive the server: other values than `off` are the
+/// operator's to choose, they all wait for the disk. And the locks of a daemon
+/// that was killed go within a second, and not when its statement ends.
+const DURABLE: &str = "SET synchronous_commit = 'on'";
+const WATCHED: &str = "SET client_connection_check_interval = '1s'";
+
+/// Sets it, and returns what was set.
+async fn settle(connection: &mut PgConnection) -> Result<Vec<&'static str>, sqlx::Error> {
+    let mut settings = Vec::new();
+    let current = "SELECT pg_catalog.current_setting('synchronous_commit')";
+    let current: String = sqlx::query_scalar(current)
+        .fetch_one(&mut *connection)
+        .await?;
+    if current == "off" {
+        sqlx::raw_sql(DURABLE).execute(&mut *connection).await?;
+        settings.push(DURABLE);
     }
+    match sqlx::raw_sql(WATCHED).execute(&mut *connection).await {
+        Ok(_) => settings.push(WATCHED),
+        // Not on every operating system.
+        Err(sqlx::Error::Database(_)) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(settings)
 }
 
 fn connect_options(config: &checked::Postgres, purpose: &str) -> Result<PgConnectOptions, Error> {
@@ -331,12 +428,15 @@ fn from_sqlx(error: &sqlx::Error) -> Error {
     let Some(pg) = database.try_downcast_ref::<PgDatabaseError>() else {
         return Error::Lost(error.to_string());
     };
-    let failure = Failure {
-        class: class_of_sqlstate(pg.code()),
-        code: Some(pg.code().to_owned()),
-        text: describe(pg),
-        retry_after: None,
-    };
+    let part = |part: Option<&str>| part.unwrap_or_default().to_owned();
+    let failure = Refusal {
+        code: pg.code().to_owned(),
+        message: pg.message().to_owned(),
+        table: part(pg.table()),
+        column: part(pg.column()),
+        constraint: part(pg.constraint()),
+    }
+    .into_failure();
     match pg.severity() {
         // Said while logging in, it is an answer; later, the session's end.
         PgSeverity::Fatal | PgSeverity::Panic
@@ -346,22 +446,4 @@ fn from_sqlx(error: &sqlx::Error) -> Error {
         }
         _ => Error::Refused(failure),
     }
-}
-
-/// The server's message and where it points to. Its detail is left out: it
-/// quotes the row, and with it the message's content.
-fn describe(error: &PgDatabaseError) -> String {
-    let mut text = error.message().to_owned();
-    for (label, value) in [
-        ("table", error.table()),
-        ("column", error.column()),
-        ("constraint", error.constraint()),
-    ] {
-        if let Some(value) = value
-            && !text.contains(value)
-        {
-            text.push_str(&format!(", {label} {value}"));
-        }
-    }
-    text
 }

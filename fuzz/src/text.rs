@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use ackonce::broker::address::Address;
-use ackonce::config::checked::{Config, SqlHandler as Script};
+use ackonce::config::checked::{BatchMode, Config, SqlHandler as Script};
 use ackonce::config::defaults::RETRY_AFTER_MAX;
 use ackonce::config::{self, ConfigError, format_duration, read_duration, to_toml};
 use ackonce::dead_letter::time;
@@ -186,6 +186,7 @@ pub fn sql(data: &[u8]) {
         SqlHandler::new(&Script {
             text,
             origin: "inline".to_owned(),
+            batch: BatchMode::Each,
         })
     };
     match split(text.to_owned()) {

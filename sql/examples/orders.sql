@@ -1,6 +1,6 @@
 -- The handler of the shipped configuration: one row for each fresh message.
 --
--- `message` is what the daemon provides, a row for each message of the batch:
+-- `message` is what the daemon provides, one row, the message at hand:
 --   message_id text, body jsonb (null when the body is not JSON), payload bytea,
 --   headers jsonb, exchange text, routing_key text, published_at timestamptz,
 --   redelivered boolean, attempt int

@@ -2,6 +2,7 @@
 //! Made only by [`super::load`]; nothing in the rest of the house reads
 //! what the user typed.
 
+mod batch;
 mod servers;
 
 use std::fmt;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use super::duration;
 use crate::failure::Overrides;
 
+pub use batch::BatchMode;
 pub use servers::{Broker, ClientCertificate, Postgres, Redis, SslMode, Tls};
 
 /// A string that never shows in logs, errors or `Debug` output.
@@ -466,6 +468,8 @@ pub struct SqlHandler {
     pub text: String,
     /// Where they came from, for error messages: a path or `inline`.
     pub origin: String,
+    /// How they meet a batch.
+    pub batch: BatchMode,
 }
 
 /// `[consumer.handler]` with `type = "command"`.

@@ -162,7 +162,7 @@ pub const BINDING: Keys = Keys {
 pub const HANDLER: Keys = Keys {
     title: "[consumer.handler]",
     keys: of_a_link!(
-        ["type", "effect", "file", "sql", "method"],
+        ["type", "effect", "file", "sql", "batch", "method"],
         [
             "content_type",
             "headers",

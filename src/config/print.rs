@@ -150,6 +150,7 @@ impl Writer {
                 } else {
                     self.string("file", &handler.origin);
                 }
+                self.string("batch", handler.batch.as_str());
             }
             Handler::Http(handler) => self.http(handler),
             Handler::Rust(_) => self.string("type", "rust"),

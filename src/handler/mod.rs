@@ -8,8 +8,11 @@
 
 pub mod command;
 pub mod http;
+mod json;
 pub mod rust;
 pub mod sql;
+
+use std::time::Duration;
 
 use crate::config::checked;
 use crate::failure::Failure;
@@ -64,13 +67,82 @@ pub trait Transactional: Send {
     /// The type, as in the configuration: for journal and logs.
     fn kind(&self) -> &'static str;
 
-    /// Applies all of `batch`, or fails as a whole: on an error the caller
-    /// rolls back, splits the batch and tries the parts.
+    /// Gets ready on a session that it may not have seen, outside of any
+    /// transaction.
     ///
     /// # Errors
     ///
-    /// The database's own, with its class.
-    fn apply(&mut self, session: &mut Session, batch: &[Work<'_>]) -> Result<(), Error>;
+    /// The database's own: nothing can be applied.
+    fn ready(&mut self, session: &mut Session) -> Result<(), Error>;
+
+    /// Applies all of `batch`, which is in the order of the queue, or fails as
+    /// a whole: on an error the caller rolls back.
+    ///
+    /// # Errors
+    ///
+    /// The database's own, with its class, and the message that met it where
+    /// that is known.
+    fn apply(&mut self, session: &mut Session, batch: &[Work<'_>]) -> Result<(), Fault>;
+
+    /// Applies each of `batch` inside a savepoint, with its deferred
+    /// constraints, and says which fail and why, up to `most` of them. The
+    /// caller rolls back.
+    ///
+    /// # Errors
+    ///
+    /// When the session is gone.
+    fn faults(
+        &mut self,
+        session: &mut Session,
+        batch: &[Work<'_>],
+        most: usize,
+    ) -> Result<Vec<(usize, Failure)>, Error> {
+        let mut faults = Vec::new();
+        for (place, work) in batch.iter().enumerate() {
+            session.execute("SAVEPOINT ackonce_message")?;
+            let applied = self.apply(session, std::slice::from_ref(work));
+            // Put back by the savepoint: what is deferred stays deferred.
+            let checked = applied.map_err(|fault| fault.error).and_then(|()| {
+                session.execute("SAVEPOINT ackonce_check; SET CONSTRAINTS ALL IMMEDIATE")
+            });
+            match checked {
+                Ok(()) => session.execute(
+                    "ROLLBACK TO SAVEPOINT ackonce_check; RELEASE SAVEPOINT ackonce_message",
+                )?,
+                Err(Error::Refused(failure)) => {
+                    faults.push((place, failure));
+                    let undone = session.execute("ROLLBACK TO SAVEPOINT ackonce_message");
+                    // A handler that panicked has given the session up.
+                    if undone.is_err() || faults.len() >= most {
+                        return Ok(faults);
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(faults)
+    }
+}
+
+/// Why a batch was not applied.
+#[derive(Debug)]
+pub struct Fault {
+    /// The message that met it, by its place in the batch.
+    pub at: Option<usize>,
+    /// For how long that message had been in work.
+    pub took: Option<Duration>,
+    /// What it met.
+    pub error: Error,
+}
+
+impl From<Error> for Fault {
+    fn from(error: Error) -> Self {
+        Self {
+            at: None,
+            took: None,
+            error,
+        }
+    }
 }
 
 /// Applies messages somewhere outside the ledger's database.

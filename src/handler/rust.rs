@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
 
-use super::{Handler as Made, Keyed, Transactional, Work};
+use super::{Fault, Handler as Made, Keyed, Transactional, Work};
 use crate::config::checked::{Consumer, Effect};
 use crate::failure::{Class, Failure};
 use crate::identity::idempotency_key;
@@ -224,6 +224,9 @@ impl DatabaseError {
 pub struct Transaction<'t> {
     session: &'t mut Session,
     failed: Option<Error>,
+    /// The message in work, by its place in the batch, where the handler takes
+    /// one after the other.
+    at: Option<usize>,
 }
 
 impl Transaction<'_> {
@@ -261,21 +264,24 @@ pub trait Handler: Send + 'static {
         transaction: &mut Transaction<'_>,
     ) -> Result<(), Outcome>;
 
-    /// Applies up to `batch_max` messages, in no order that means anything.
-    /// Those who can do it in few statements write this one.
+    /// Applies up to `batch_max` messages, which are in the order of the queue.
+    /// Those who can do it in few statements write this one; it has to mean the
+    /// same as one message after the other.
     ///
     /// # Errors
     ///
-    /// All are rolled back, and tried in smaller batches, until the message at
-    /// fault stands alone.
+    /// All are rolled back. Each is then given alone, inside a savepoint, to
+    /// find those at fault, and the others are applied together.
     fn apply_batch(
         &mut self,
         messages: &[Message<'_>],
         transaction: &mut Transaction<'_>,
     ) -> Result<(), Outcome> {
-        messages
-            .iter()
-            .try_for_each(|message| self.apply(message, transaction))
+        for (place, message) in messages.iter().enumerate() {
+            transaction.at = Some(place);
+            self.apply(message, transaction)?;
+        }
+        Ok(())
     }
 }
 
@@ -433,7 +439,11 @@ impl Transactional for InTransaction {
         "rust"
     }
 
-    fn apply(&mut self, session: &mut Session, batch: &[Work<'_>]) -> Result<(), Error> {
+    fn ready(&mut self, _: &mut Session) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn apply(&mut self, session: &mut Session, batch: &[Work<'_>]) -> Result<(), Fault> {
         let messages: Vec<Message<'_>> = batch
             .iter()
             .map(|work| Message {
@@ -445,12 +455,17 @@ impl Transactional for InTransaction {
         let mut transaction = Transaction {
             session,
             failed: None,
+            at: None,
         };
         let handler = &mut self.handler;
         let call = AssertUnwindSafe(|| handler.apply_batch(&messages, &mut transaction));
         let result = catch_unwind(call);
-        let Transaction { session, failed } = transaction;
-        match result {
+        let Transaction {
+            session,
+            failed,
+            at,
+        } = transaction;
+        let result = match result {
             Ok(Ok(())) => verify(session, before.as_deref(), failed),
             Ok(Err(outcome)) => Err(outcome.into_error()),
             Err(_) => {
@@ -465,7 +480,9 @@ impl Transactional for InTransaction {
                     retry_after: None,
                 }))
             }
-        }
+        };
+        let took = None;
+        result.map_err(|error| Fault { at, took, error })
     }
 }
 

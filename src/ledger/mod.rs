@@ -31,6 +31,10 @@ pub use keyed::{Held, Hold, Owner, Renewal, Wanted};
 pub use place::{marks, secret};
 pub use schema::{Schema, forget_marks, migrate, renew_id, schema};
 
+/// First half of the advisory lock of transactions that go single-file, "acks";
+/// the second is the consumer's number.
+const SINGLE_FILE: i32 = i32::from_be_bytes(*b"acks");
+
 /// Which ledger this is, and what the consumer is called in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registration {
@@ -132,7 +136,7 @@ impl Ledger {
             let mut session = Session::open(&self.config, &self.consumer)?;
             let registration = register(&mut session, &self.consumer)?;
             if self.by_index {
-                session.execute("SET enable_seqscan = off")?;
+                session.set("SET enable_seqscan = off")?;
             }
             self.open = Some((session, registration));
         }
@@ -183,6 +187,28 @@ impl Ledger {
             // READ COMMITTED, whatever the database's default: the look-up in
             // `record` must see rows that were committed after BEGIN.
             session.execute_at_once("BEGIN ISOLATION LEVEL READ COMMITTED")
+        })
+    }
+
+    /// As [`Ledger::begin`], and waits until no other transaction of this
+    /// consumer is open that began so: in this daemon and in others.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ledger::begin`]; [`Error::Refused`] leaves a broken transaction:
+    /// roll back.
+    pub fn begin_alone(&mut self) -> Result<(), Error> {
+        self.begin()?;
+        self.forgetting(|session, registration| {
+            let consumer_id = i32::from(registration.consumer_id);
+            session.run(async |connection| {
+                sqlx::query("SELECT pg_catalog.pg_advisory_xact_lock($1, $2)")
+                    .bind(SINGLE_FILE)
+                    .bind(consumer_id)
+                    .execute(connection)
+                    .await
+                    .map(drop)
+            })
         })
     }
 
@@ -248,7 +274,7 @@ impl Ledger {
     /// [`CommitError::Unknown`] whenever the reply did not come: the row may
     /// be there.
     pub fn commit(&mut self) -> Result<(), CommitError> {
-        match self.forgetting(|session, _| session.execute("COMMIT")) {
+        match self.forgetting(|session, _| session.commit()) {
             Ok(()) => Ok(()),
             Err(Error::Lost(_)) if failpoint::mutant(Mutant::TrustedCommit) => Ok(()),
             // A deferred constraint, a trigger, a serialization check or a

@@ -18,7 +18,7 @@ use prometheus::{Error, IntCounterVec, IntGaugeVec, Registry, TextEncoder};
 use crate::failure::Class;
 use crate::message::DeadReason;
 use families::{Counters, CountersBy, Families, Gauges, GaugesBy, Histograms};
-pub use labels::{FoundIn, LedgerStep, PauseCause, Server};
+pub use labels::{FoundIn, LedgerStep, PauseCause, RerunCause, Server};
 use labels::{Label, Outcome, PrunedTable};
 pub use meter::{Meter, Settling};
 use process::Process;
@@ -73,9 +73,11 @@ struct Servers {
     ledger_waits: Counters,
     claims_lost: Counters,
     reconnects: CountersBy<3>,
+    reruns: CountersBy<3>,
     pauses: CountersBy<2>,
     panics: Counters,
     consuming: Gauges,
+    single_file: Gauges,
     paused: GaugesBy<2>,
     up: GaugesBy<3>,
 }
@@ -155,6 +157,11 @@ impl Servers {
                 "reconnects_total",
                 "Connections that had to be made anew, by server.",
             )?,
+            reruns: families.counter_by::<_, RerunCause>(
+                "cause",
+                "batch_reruns_total",
+                "Transactions of several messages that were run again, by cause.",
+            )?,
             pauses: families.counter_by::<_, PauseCause>(
                 "cause",
                 "pauses_total",
@@ -163,6 +170,10 @@ impl Servers {
             panics: families.counter(
                 "worker_panics_total",
                 "Times a worker panicked and all of the consumer's were started anew.",
+            )?,
+            single_file: families.gauge(
+                "single_file",
+                "1 while transactions collide and one is open at a time.",
             )?,
             consuming: families.gauge(
                 "consuming",
@@ -269,9 +280,11 @@ impl Metrics {
             ledger_waits: servers.ledger_waits.of(consumer),
             claims_lost: servers.claims_lost.of(consumer),
             reconnects: servers.reconnects.of(consumer),
+            reruns: servers.reruns.of(consumer),
             pauses: servers.pauses.of(consumer),
             panics: servers.panics.of(consumer),
             consuming: servers.consuming.of(consumer),
+            single_file: servers.single_file.of(consumer),
             paused: servers.paused.of(consumer),
             up: servers.up.of(consumer),
             batch: timings.batch.of(consumer),
@@ -335,9 +348,11 @@ impl Metrics {
             ledger_waits,
             claims_lost,
             reconnects,
+            reruns,
             pauses,
             panics,
             consuming,
+            single_file,
             paused,
             up,
         } = &self.servers;
@@ -350,7 +365,7 @@ impl Metrics {
         for counters in [received, redelivered, ledger_waits, claims_lost, panics] {
             counters.forget(consumer);
         }
-        for gauges in [in_flight, parked, copies, consuming] {
+        for gauges in [in_flight, parked, copies, consuming, single_file] {
             gauges.forget(consumer);
         }
         for histograms in [batch, handling, settling, age] {
@@ -362,6 +377,7 @@ impl Metrics {
         dead_letters.forget(consumer);
         ledger_errors.forget(consumer);
         reconnects.forget(consumer);
+        reruns.forget(consumer);
         pauses.forget(consumer);
         paused.forget(consumer);
         up.forget(consumer);

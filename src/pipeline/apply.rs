@@ -5,21 +5,18 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::apart::{RACES_ALONE_MAX, is_in_the_way, is_race};
 use super::item::Item;
 use super::{Hands, Worker};
 use crate::failpoint::{self, Step};
-use crate::failure::{self, Class, Failure, class_of_sqlstate};
-use crate::handler::Work;
+use crate::failure::{Class, Failure, class_of_sqlstate};
+use crate::handler::{Fault, Transactional, Work};
 use crate::ledger::{CommitError, Record};
 use crate::lifecycle::Event;
 use crate::message::{Fingerprint, MessageId};
 use crate::observe::metrics::{LedgerStep, PauseCause, Server};
-use crate::postgres::Error;
+use crate::postgres::{Error, Session};
 use crate::random;
-
-/// How often a transaction that lost a race with another one is run again at
-/// once, within the same attempt.
-const RACES_MAX: u32 = 3;
 
 /// After so many failures of the world's that one message alone met, while
 /// others succeeded between them, they are taken for the message's own.
@@ -42,13 +39,13 @@ pub(super) enum Stage {
 }
 
 /// How one try of a batch in one transaction ended.
-enum Tried {
+pub(super) enum Tried {
     /// Every item has been dealt with.
     Through,
-    /// The same again, at once.
+    /// What is left again, at once.
     Again,
-    /// Somebody in the batch is at fault.
-    Split,
+    /// What is left again, in transactions of no more than so many.
+    Smaller(usize),
     /// Some of them may kill their worker: each of those for itself.
     Apart,
     /// Nobody is at fault: the same again, after a while.
@@ -58,7 +55,7 @@ enum Tried {
 /// Why a try has to wait.
 pub(super) struct Trouble {
     pub(super) failure: Failure,
-    stage: Stage,
+    pub(super) stage: Stage,
 }
 
 /// Longest text of an error in the log, in characters, as in the journal.
@@ -70,6 +67,7 @@ impl Worker {
         let mut groups = VecDeque::from([items]);
         let mut tries = 0;
         self.reconnected = false;
+        (self.left_out, self.races) = (0, 0);
         loop {
             let before = self.shared.gate.successes();
             let trouble = self.go_through(&mut groups);
@@ -119,7 +117,7 @@ impl Worker {
                 // The others may take long.
                 Tried::Through if items.is_empty() => self.tell(),
                 Tried::Through | Tried::Again => groups.push_front(items),
-                Tried::Split => split(items, groups),
+                Tried::Smaller(most) => split(items, most, groups),
                 Tried::Apart => {
                     let (alone, together) = items.into_iter().partition(|item| item.alone);
                     groups.extend(Vec::into_iter(alone).map(|item: Item| vec![item]));
@@ -132,7 +130,8 @@ impl Worker {
                     let systemic = new.failure.class == Class::Systemic;
                     let divisible = !systemic || (new.stage == Stage::Handler && !broken);
                     if divisible && items.len() > 1 {
-                        split(items, groups);
+                        let half = items.len().div_ceil(2);
+                        split(items, half, groups);
                         continue;
                     }
                     waiting.push_back(items);
@@ -164,10 +163,16 @@ impl Worker {
 
     /// One transaction. Items that are dealt with leave `items`.
     fn attempt(&mut self, items: &mut Vec<Item>) -> Tried {
-        items.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        // What waited, or came from somewhere else, finds its place again.
+        items.sort_by_key(|item| (item.epoch(), item.delivery.ticket.tag));
         match self.examine(items) {
             Ok(true) => {}
             Ok(false) => return Tried::Apart,
+            Err(error) => return self.undo(items, error, Stage::Ledger),
+        }
+        match self.get_ready(items) {
+            Ok(()) => {}
+            Err(error @ Error::Refused(_)) => return self.undo(items, error, Stage::Handler),
             Err(error) => return self.undo(items, error, Stage::Ledger),
         }
         // Beside one that runs alone nobody runs: what it dies of is its own.
@@ -175,8 +180,26 @@ impl Worker {
         let alone = items.iter().any(|item| item.alone);
         let _alone = alone.then(|| suspects.write());
         let _together = (!alone).then(|| suspects.read());
-        match self.mark_suspects(items).and_then(|()| self.record(items)) {
+        let contention = Arc::clone(&self.shared.contention);
+        let _lane = self.is_single_file().then(|| contention.lane());
+        if let Err(error) = self.mark_suspects(items) {
+            return self.undo(items, error, Stage::Ledger);
+        }
+        match self.begin(items) {
             Ok(()) => {}
+            // Only in the single file does it wait for anybody.
+            Err(Error::Refused(failure)) if is_in_the_way(&failure) => {
+                self.ledger.rollback();
+                return self.collide(items, &failure);
+            }
+            Err(error) => return self.undo(items, error, Stage::Ledger),
+        }
+        match self.record(items) {
+            Ok(()) => {}
+            Err(Error::Refused(failure)) if is_race(&failure) => {
+                self.ledger.rollback();
+                return self.collide(items, &failure);
+            }
             Err(error) => return self.undo(items, error, Stage::Ledger),
         }
         failpoint::hit(Step::Recorded);
@@ -190,12 +213,16 @@ impl Worker {
             item.duration = Some(begun.elapsed());
         }
         self.shared.signs.meter.handled(begun.elapsed());
-        match handled.and_then(|()| self.unmark_suspects(items)) {
-            Ok(()) => {}
-            Err(error) => return self.undo(items, error, Stage::Handler),
+        if let Err(fault) = handled {
+            return self.undo(items, fault, Stage::Handler);
         }
         failpoint::hit(Step::Applied);
         self.tell_too_early(items);
+        self.commit(items)
+    }
+
+    /// 6. Commits. What is not known to be committed is looked up.
+    fn commit(&mut self, items: &mut Vec<Item>) -> Tried {
         match self.ledger.commit() {
             Ok(()) => {
                 failpoint::hit(Step::Committed);
@@ -224,19 +251,47 @@ impl Worker {
         }
     }
 
-    /// 4. Inserts the ledger rows. Duplicates and conflicts leave `items`.
-    fn record(&mut self, items: &mut Vec<Item>) -> Result<(), Error> {
+    /// Has the handler see a session that is new to it.
+    fn get_ready(&mut self, items: &[Item]) -> Result<(), Error> {
         if items.is_empty() {
             return Ok(());
         }
-        self.ledger.begin()?;
-        let entries: Vec<(&MessageId, Fingerprint)> = items
+        self.ledger.connect()?;
+        let session = self.ledger.session()?;
+        match &mut self.hands {
+            Hands::Own(handler) => handler.ready(session),
+            Hands::Crew(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn begin(&mut self, items: &[Item]) -> Result<(), Error> {
+        match self.is_single_file() {
+            _ if items.is_empty() => Ok(()),
+            true => self.ledger.begin_alone(),
+            false => self.ledger.begin(),
+        }
+    }
+
+    /// 4. Inserts the ledger rows. Duplicates and conflicts leave `items`, which
+    ///    keep their order: the rows are sorted for their locks, and the
+    ///    messages are not.
+    pub(super) fn record(&mut self, items: &mut Vec<Item>) -> Result<(), Error> {
+        if items.is_empty() {
+            return Ok(());
+        }
+        let mut order: Vec<usize> = (0..items.len()).collect();
+        order.sort_unstable_by(|a, b| items[*a].id.cmp(&items[*b].id));
+        let entries: Vec<(&MessageId, Fingerprint)> = order
             .iter()
-            .filter_map(|item| Some((item.id.as_ref()?, item.fingerprint)))
+            .filter_map(|place| Some((items[*place].id.as_ref()?, items[*place].fingerprint)))
             .collect();
-        let records = self.ledger.record(&entries)?;
+        let mut records = order
+            .iter()
+            .zip(self.ledger.record(&entries)?)
+            .collect::<Vec<_>>();
+        records.sort_unstable_by_key(|(place, _)| **place);
         self.shared.signs.meter.is_up(Server::Postgres, true);
-        for (mut item, record) in std::mem::take(items).into_iter().zip(records) {
+        for (mut item, (_, record)) in std::mem::take(items).into_iter().zip(records) {
             match record {
                 Record::Inserted => {
                     item.on(Event::Inserted);
@@ -249,11 +304,25 @@ impl Worker {
                 Record::Vanished => self.again.push(item),
             }
         }
-        Ok(())
+        // Before the handler, whose role and settings hold until the commit.
+        self.unmark_suspects(items)
     }
 
     /// 5. Runs the handler on the fresh messages.
-    fn run_handler(&mut self, items: &mut [Item]) -> Result<(), Error> {
+    fn run_handler(&mut self, items: &mut [Item]) -> Result<(), Fault> {
+        self.with_handler(items, |handler, session, work| handler.apply(session, work))?;
+        for item in items {
+            item.on(Event::Succeeded);
+        }
+        Ok(())
+    }
+
+    /// Gives the messages of `items` to a call of the handler.
+    pub(super) fn with_handler<T, E: From<Error>>(
+        &mut self,
+        items: &[Item],
+        call: impl FnOnce(&mut dyn Transactional, &mut Session, &[Work<'_>]) -> Result<T, E>,
+    ) -> Result<T, E> {
         let work: Vec<Work<'_>> = items
             .iter()
             .filter_map(|item| {
@@ -267,27 +336,26 @@ impl Worker {
             .collect();
         let session = self.ledger.session()?;
         match &mut self.hands {
-            Hands::Own(handler) => handler.apply(session, &work)?,
-            Hands::Crew(_) => return Err(Error::Lost("not a transaction's".to_owned())),
+            Hands::Own(handler) => call(handler.as_mut(), session, &work),
+            Hands::Crew(_) => Err(Error::Lost("not a transaction's".to_owned()).into()),
         }
-        for item in items {
-            item.on(Event::Succeeded);
-        }
-        Ok(())
     }
 
     /// Rolls back and finds out what the error asks for.
-    fn undo(&mut self, items: &mut Vec<Item>, error: Error, stage: Stage) -> Tried {
+    pub(super) fn undo(
+        &mut self,
+        items: &mut Vec<Item>,
+        fault: impl Into<Fault>,
+        stage: Stage,
+    ) -> Tried {
+        let Fault { at, took, error } = fault.into();
         let lost = !matches!(error, Error::Refused(_));
         if lost {
             self.shared.signs.meter.is_up(Server::Postgres, false);
         }
         let mut failure = error.into_failure();
-        let code = failure.code.as_deref().unwrap_or("");
-        if stage == Stage::Handler
-            && let Some(class) = self.shared.consumer.failures.class_of(code)
-        {
-            failure.class = class;
+        if stage == Stage::Handler {
+            self.classify(&mut failure);
         }
         // A session may itself be what is wrong, with plans that no longer fit.
         match lost || failure.class == Class::Systemic {
@@ -302,11 +370,13 @@ impl Worker {
         if stage == Stage::Ledger && !at_fault {
             self.shared.signs.meter.ledger_failed(LedgerStep::Record);
         }
-        if at_fault && items.len() > 1 {
-            for item in items.iter_mut() {
-                item.on(Event::BatchFailed);
-            }
-            return Tried::Split;
+        let lost = |item: &Item| item.races < RACES_ALONE_MAX && is_race(&failure);
+        if at_fault && (items.len() > 1 || items.iter().all(lost)) {
+            let half = items.len().div_ceil(2);
+            return match stage {
+                Stage::Handler => self.tell_apart(items, at, took, failure),
+                Stage::Ledger => self.run_smaller(items, half),
+            };
         }
         if !at_fault && !self.is_struck_out(items, stage) {
             for item in items.iter_mut() {
@@ -320,6 +390,14 @@ impl Worker {
             return self.wait_for(failure, stage);
         }
         self.blame(items, failure)
+    }
+
+    /// The class that the consumer's configuration gives a failure.
+    pub(super) fn classify(&self, failure: &mut Failure) {
+        let code = failure.code.as_deref().unwrap_or("");
+        if let Some(class) = self.shared.consumer.failures.class_of(code) {
+            failure.class = class;
+        }
     }
 
     fn wait_for(&mut self, failure: Failure, stage: Stage) -> Tried {
@@ -343,25 +421,15 @@ impl Worker {
     }
 
     /// The failure is that of the one message in `items`.
-    fn blame(&mut self, items: &mut Vec<Item>, failure: Failure) -> Tried {
-        let code = failure.code.as_deref().unwrap_or("");
+    pub(super) fn blame(&mut self, items: &mut Vec<Item>, failure: Failure) -> Tried {
         for mut item in std::mem::take(items) {
-            if failure::is_race(code) && item.races < RACES_MAX {
-                item.races += 1;
-                item.on(Event::BatchFailed);
-                items.push(item);
-                continue;
-            }
             item.failure = Some(failure.clone());
             match failure.class {
                 Class::Permanent => self.advance(item, Event::Failed(Class::Permanent)),
                 Class::Transient | Class::Systemic => self.failed.push(item),
             }
         }
-        match items.is_empty() {
-            true => Tried::Through,
-            false => Tried::Again,
-        }
+        Tried::Through
     }
 
     /// Decides about the attempts that failed and may succeed later: they are
@@ -491,8 +559,11 @@ impl Worker {
     }
 }
 
-pub(super) fn split(mut items: Vec<Item>, groups: &mut VecDeque<Vec<Item>>) {
-    let rest = items.split_off(items.len() / 2);
-    groups.push_front(rest);
-    groups.push_front(items);
+/// Puts `items` before the other groups, in groups of no more than `most`.
+pub(super) fn split(mut items: Vec<Item>, most: usize, groups: &mut VecDeque<Vec<Item>>) {
+    let most = most.max(1);
+    while !items.is_empty() {
+        let rest = items.len() - 1 - (items.len() - 1) % most;
+        groups.push_front(items.split_off(rest));
+    }
 }

@@ -309,12 +309,17 @@ fn strike(pid: i32, state: &State) {
     }
 }
 
-/// Whether `bytes` hold a message of PostgreSQL of `kind` whose text is COMMIT:
-/// `Q`, the query, or `C`, that it is complete. One read on loopback holds it
-/// whole.
+/// Whether `bytes` hold a message of PostgreSQL of `kind` whose text begins with
+/// COMMIT: `Q`, the query, or `C`, that it is complete. One read on loopback
+/// holds it whole.
 fn is_commit(kind: u8, bytes: &[u8]) -> bool {
-    const LENGTH_AND_TEXT: &[u8] = b"\0\0\0\x0bCOMMIT\0";
-    positions(bytes, kind).any(|at| bytes[at + 1..].starts_with(LENGTH_AND_TEXT))
+    positions(bytes, kind).any(|at| {
+        let length_and_text = &bytes[at + 1..];
+        length_and_text.starts_with(b"\0\0")
+            && length_and_text
+                .get(4..)
+                .is_some_and(|text| text.starts_with(b"COMMIT"))
+    })
 }
 
 /// Whether one of the replies of Redis in `bytes` is an error. No value of the

@@ -298,13 +298,12 @@ fn replies(
     close(&server);
 }
 
-/// Whether `bytes` hold a message of `kind` whose text is COMMIT: `Q`, the
-/// query, or `C`, that it is complete. One packet on loopback holds it whole.
+/// Whether `bytes` hold a message of `kind` whose text begins with COMMIT: `Q`,
+/// the query, or `C`, that it is complete. One packet on loopback holds it whole.
 fn has_commit(kind: u8, bytes: &[u8]) -> bool {
-    const LENGTH_AND_TEXT: &[u8] = b"\0\0\0\x0bCOMMIT\0";
-    bytes
-        .windows(LENGTH_AND_TEXT.len() + 1)
-        .any(|window| window[0] == kind && window[1..].eq_ignore_ascii_case(LENGTH_AND_TEXT))
+    bytes.windows(11).any(|window| {
+        window[0] == kind && window[1..3] == [0, 0] && window[5..].eq_ignore_ascii_case(b"COMMIT")
+    })
 }
 
 fn close(stream: &TcpStream) {

@@ -320,7 +320,7 @@ fn the_breaker_opens_after_so_many_failures_in_a_row_and_not_before() {
 
 #[test]
 fn one_poison_message_in_good_traffic_never_opens_the_breaker() {
-    let (world, config) = world_that_refuses(4, 20);
+    let (world, config) = world_that_refuses(12, 20);
     let daemon = world.run(&config);
     world.broker.send(ORDERS, [refused("poison", true)]);
     let mut sent = 0;

@@ -1,12 +1,12 @@
 //! `type = "sql"`.
 
-use crate::config::checked::SqlHandler;
+use crate::config::checked::{BatchMode, SqlHandler};
 use crate::config::error::Complaint;
 use crate::config::reader::Section;
-use crate::config::{defaults, files};
+use crate::config::{defaults, files, keys};
 
 /// What it knows.
-pub(super) const KEYS: &[&str] = &["file", "sql"];
+pub(super) const KEYS: &[&str] = &["file", "sql", "batch"];
 
 /// `None` where something is wrong, which is reported.
 pub(super) fn handler(section: &Section<'_>) -> Option<SqlHandler> {
@@ -19,16 +19,22 @@ pub(super) fn handler(section: &Section<'_>) -> Option<SqlHandler> {
         );
         return None;
     }
+    let batch = section
+        .text("batch")
+        .then(|text| keys::one_of(&text, &BatchMode::ALL, BatchMode::as_str))
+        .or(BatchMode::Each)
+        .value;
     let handler = if has_file {
         section
             .text("file")
-            .then(|path| read_handler(section, &path))
+            .then(|path| read_handler(section, &path, batch))
     } else {
         section.text("sql").then(|text| {
             check_sql(&text)?;
             Ok(SqlHandler {
                 text,
                 origin: INLINE.to_owned(),
+                batch,
             })
         })
     };
@@ -43,7 +49,11 @@ pub(super) fn handler(section: &Section<'_>) -> Option<SqlHandler> {
 /// looks like it: those are absolute.
 pub(in crate::config) const INLINE: &str = "inline";
 
-fn read_handler(section: &Section<'_>, path: &str) -> Result<SqlHandler, Complaint> {
+fn read_handler(
+    section: &Section<'_>,
+    path: &str,
+    batch: BatchMode,
+) -> Result<SqlHandler, Complaint> {
     let path = files::resolve(section.reader.folder, path);
     let text = files::read_text(&path, defaults::HANDLER_FILE_MAX)
         .map_err(|unreadable| unreadable.complaint(&path))?;
@@ -52,7 +62,11 @@ fn read_handler(section: &Section<'_>, path: &str) -> Result<SqlHandler, Complai
         message: format!("{}: {origin}", complaint.message),
         hint: complaint.hint,
     })?;
-    Ok(SqlHandler { text, origin })
+    Ok(SqlHandler {
+        text,
+        origin,
+        batch,
+    })
 }
 
 fn check_sql(text: &str) -> Result<(), Complaint> {

@@ -63,6 +63,17 @@ pub(super) enum Outcome {
     Lost,
 }
 
+/// Why a transaction that holds several messages is run again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RerunCause {
+    /// One of its messages failed, and is left out.
+    Fault,
+    /// Another transaction was in its way.
+    Race,
+    /// It took too long, and is made smaller.
+    Timeout,
+}
+
 /// A table that is pruned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PrunedTable {
@@ -100,6 +111,7 @@ macro_rules! labels {
 labels!(FoundIn, 3: Redis "redis", Ledger "ledger", Flight "flight");
 labels!(Server, 3: Broker "rabbitmq", Redis "redis", Postgres "postgresql");
 labels!(PauseCause, 2: World "systemic", Breaker "breaker");
+labels!(RerunCause, 3: Fault "fault", Race "race", Timeout "timeout");
 labels!(LedgerStep, 6: Record "record", Commit "commit", Claim "claim", Complete "complete",
     Journal "journal", Renew "renew");
 labels!(Outcome, 6: Applied "applied", Duplicate "duplicate", Retried "retried",
@@ -137,6 +149,7 @@ mod tests {
         assert_in_order(|it: FoundIn| it as usize);
         assert_in_order(|it: Server| it as usize);
         assert_in_order(|it: PauseCause| it as usize);
+        assert_in_order(|it: RerunCause| it as usize);
         assert_in_order(|it: LedgerStep| it as usize);
         assert_in_order(|it: Outcome| it as usize);
         assert_in_order(|it: PrunedTable| it as usize);

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use prometheus::{Histogram, IntCounter, IntGauge};
 
-use super::labels::{FoundIn, LedgerStep, Outcome, PauseCause, Server};
+use super::labels::{FoundIn, LedgerStep, Outcome, PauseCause, RerunCause, Server};
 use crate::failure::Class;
 use crate::message::{DeadReason, Settlement};
 
@@ -38,12 +38,14 @@ pub struct Meter {
     pub(super) ledger_waits: IntCounter,
     pub(super) claims_lost: IntCounter,
     pub(super) reconnects: [IntCounter; 3],
+    pub(super) reruns: [IntCounter; 3],
     pub(super) pauses: [IntCounter; 2],
     pub(super) panics: IntCounter,
     pub(super) in_flight: IntGauge,
     pub(super) parked: IntGauge,
     pub(super) copies: IntGauge,
     pub(super) consuming: IntGauge,
+    pub(super) single_file: IntGauge,
     pub(super) paused: [IntGauge; 2],
     pub(super) up: [IntGauge; 3],
     pub(super) batch: Histogram,
@@ -153,6 +155,16 @@ impl Meter {
     /// What was last heard of `server`.
     pub fn is_up(&self, server: Server, up: bool) {
         self.up[server as usize].set(i64::from(up));
+    }
+
+    /// A transaction of several messages is run again.
+    pub fn reran(&self, cause: RerunCause) {
+        self.reruns[cause as usize].inc();
+    }
+
+    /// Whether one transaction is open at a time.
+    pub fn single_file(&self, is_single: bool) {
+        self.single_file.set(i64::from(is_single));
     }
 
     /// The consumer pauses.

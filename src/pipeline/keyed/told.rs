@@ -36,7 +36,10 @@ impl Foreman {
             if failure.is_data_exception() {
                 match items.len() {
                     1 => self.refuse(items, &failure),
-                    _ => split(items, &mut groups),
+                    _ => {
+                        let half = items.len().div_ceil(2);
+                        split(items, half, &mut groups);
+                    }
                 }
                 continue;
             }
