@@ -184,8 +184,8 @@ fn postgres(config: &checked::Config, findings: &mut Findings) {
 fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(), Error> {
     let row = session.run(async |connection| {
         sqlx::query(
-            "SELECT current_setting('server_version_num')::int4, current_setting('server_encoding'), \
-             pg_is_in_recovery()",
+            "SELECT pg_catalog.current_setting('server_version_num')::pg_catalog.int4, pg_catalog.current_setting('server_encoding'), \
+             pg_catalog.pg_is_in_recovery()",
         )
         .fetch_one(connection)
         .await
@@ -233,17 +233,49 @@ fn postgres_settings(session: &mut Session, findings: &mut Findings) -> Result<(
     Ok(())
 }
 
+/// Warns of schemas that the handler's names are looked up in, and that others
+/// may put something of the same name into.
+fn postgres_path(session: &mut Session, findings: &mut Findings) -> Result<(), Error> {
+    let open: Vec<String> = session.run(async |connection| {
+        sqlx::query_scalar(
+            "SELECT space.nspname::pg_catalog.text \
+             FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) AS way (name) \
+             JOIN pg_catalog.pg_namespace AS space ON space.nspname = way.name \
+             WHERE EXISTS (SELECT FROM pg_catalog.aclexplode(space.nspacl) AS granted \
+             WHERE granted.privilege_type = 'CREATE' AND granted.grantee <> space.nspowner \
+             AND granted.grantee <> (SELECT oid FROM pg_catalog.pg_roles \
+             WHERE rolname = current_user))",
+        )
+        .fetch_all(connection)
+        .await
+    })?;
+    if !open.is_empty() {
+        findings.add(
+            "PostgreSQL search path",
+            Severity::Warning,
+            format!(
+                "others may create functions and operators in {}, which the handler's statements \
+                 would call with the daemon's rights\n         hint: REVOKE CREATE ON SCHEMA … FROM \
+                 PUBLIC, or set the role's search_path",
+                open.join(", ")
+            ),
+        );
+    }
+    Ok(())
+}
+
 fn postgres_schema(
     config: &checked::Config,
     session: &mut Session,
     findings: &mut Findings,
 ) -> Result<(), Error> {
+    postgres_path(session, findings)?;
     let subject = "PostgreSQL schema";
     match ledger::schema(session)? {
         Schema::Current => findings.add(subject, Severity::Good, "up to date"),
         Schema::Behind(count) if config.postgres.auto_migrate => {
             let may: bool = session.run(async |connection| {
-                sqlx::query_scalar("SELECT has_database_privilege(current_database(), 'CREATE')")
+                sqlx::query_scalar("SELECT pg_catalog.has_database_privilege(pg_catalog.current_database(), 'CREATE')")
                     .fetch_one(connection)
                     .await
             })?;
@@ -279,7 +311,7 @@ fn postgres_schema(
              ('ackonce.sweep', 'UPDATE'), ('ackonce.instance', 'SELECT'), ('ackonce.secret', 'SELECT'), \
              ('ackonce.consumer', 'SELECT'), ('ackonce.consumer', 'INSERT'), \
              ('ackonce.migration', 'SELECT')) AS needed (relation, privilege) \
-             WHERE NOT has_table_privilege(relation, privilege)",
+             WHERE NOT pg_catalog.has_table_privilege(relation, privilege)",
         )
         .fetch_all(connection)
         .await

@@ -271,7 +271,7 @@ impl Session {
         let off: Vec<String> = self.run(async |connection| {
             // The session's own value is `settle`'s: the other is what it was.
             sqlx::query_scalar(
-                "SELECT name FROM pg_settings WHERE reset_val = 'off' \
+                "SELECT name FROM pg_catalog.pg_settings WHERE reset_val = 'off' \
                  AND name IN ('synchronous_commit', 'fsync', 'full_page_writes') ORDER BY name",
             )
             .fetch_all(connection)
@@ -313,9 +313,19 @@ const RISKS: [(&str, &str); 3] = [
 const DURABLE: &str = "SET synchronous_commit = 'on'";
 const WATCHED: &str = "SET client_connection_check_interval = '1s'";
 
+/// What is built in comes first, whatever a search path says: nobody's operator
+/// takes the place of one in our statements.
+const BUILT_IN: &str = "SELECT pg_catalog.set_config('search_path', \
+     pg_catalog.concat('pg_catalog, ', pg_catalog.current_setting('search_path')), false) \
+     WHERE (pg_catalog.current_schemas(true))[1] OPERATOR(pg_catalog.<>) 'pg_catalog'";
+
 /// Sets it, and returns what was set.
 async fn settle(connection: &mut PgConnection) -> Result<Vec<&'static str>, sqlx::Error> {
     let mut settings = Vec::new();
+    let moved = sqlx::raw_sql(BUILT_IN).execute(&mut *connection).await?;
+    if moved.rows_affected() > 0 {
+        settings.push(BUILT_IN);
+    }
     let current = "SELECT pg_catalog.current_setting('synchronous_commit')";
     let current: String = sqlx::query_scalar(current)
         .fetch_one(&mut *connection)

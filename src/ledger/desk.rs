@@ -55,7 +55,7 @@ pub struct Verdict {
 /// When the server cannot be asked.
 pub fn sit_down(session: &mut Session, queue: &str) -> Result<Option<String>, Error> {
     session.run(async |connection| {
-        let free: bool = sqlx::query_scalar("SELECT pg_try_advisory_lock($1, hashtext($2))")
+        let free: bool = sqlx::query_scalar("SELECT pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2))")
             .bind(LOCK)
             .bind(queue)
             .fetch_one(&mut *connection)
@@ -65,12 +65,12 @@ pub fn sit_down(session: &mut Session, queue: &str) -> Result<Option<String>, Er
         }
         // Whoever it was may have gone in between, or be another role's.
         let holder: Option<String> = sqlx::query_scalar(
-            "SELECT format('%s from %s, since %s', application_name, \
-             coalesce(host(client_addr), 'this host'), \
-             to_char(backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')) \
-             FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' \
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-             AND classid = $1::int8::oid AND objid = (hashtext($2)::int8 & 4294967295)::oid \
+            "SELECT pg_catalog.format('%s from %s, since %s', application_name, \
+             coalesce(pg_catalog.host(client_addr), 'this host'), \
+             pg_catalog.to_char(backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')) \
+             FROM pg_catalog.pg_locks JOIN pg_catalog.pg_stat_activity USING (pid) WHERE locktype = 'advisory' \
+             AND database = (SELECT oid FROM pg_database WHERE datname = pg_catalog.current_database()) \
+             AND classid = $1::pg_catalog.int8::pg_catalog.oid AND objid = (pg_catalog.hashtext($2)::pg_catalog.int8 & 4294967295)::pg_catalog.oid \
              AND objsubid = 2 AND granted LIMIT 1",
         )
         .bind(i64::from(LOCK))
@@ -101,10 +101,10 @@ pub fn verdicts(
         // what was refused unread has no id in the journal. `id + 0`, so that the newest is not sought from the end of
         // the whole table.
         sqlx::query(
-            "SELECT letter.number, (extract(epoch FROM failed_at) * 1000000)::int8, \
-             to_char(failed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+            "SELECT letter.number, (extract(epoch FROM failed_at) * 1000000.0)::pg_catalog.int8, \
+             pg_catalog.to_char(failed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
              reason, class, code, error, attempt, handler, exchange, routing_key \
-             FROM unnest($2::int4[], $3::text[], $4::bytea[]) \
+             FROM unnest($2::pg_catalog.int4[], $3::pg_catalog.text[], $4::pg_catalog.bytea[]) \
              AS letter (number, message_id, fingerprint), \
              LATERAL (SELECT * FROM ((SELECT * FROM ackonce.failure AS row \
              WHERE row.consumer_id = (SELECT id FROM ackonce.consumer WHERE name = $1) \
@@ -200,9 +200,9 @@ pub fn begin(
     session.run(async |connection| {
         for statement in [
             "DELETE FROM ackonce.desk_letter WHERE ctid = ANY (ARRAY(SELECT ctid FROM \
-             ackonce.desk_letter WHERE acted_at < now() - make_interval(secs => $1) LIMIT $2))",
+             ackonce.desk_letter WHERE acted_at < pg_catalog.now() - pg_catalog.make_interval(secs => $1) LIMIT $2))",
             "DELETE FROM ackonce.desk_action WHERE ctid = ANY (ARRAY(SELECT ctid FROM \
-             ackonce.desk_action WHERE began_at < now() - make_interval(secs => $1) LIMIT $2))",
+             ackonce.desk_action WHERE began_at < pg_catalog.now() - pg_catalog.make_interval(secs => $1) LIMIT $2))",
         ] {
             sqlx::query(statement)
                 .bind(kept)
@@ -247,8 +247,8 @@ pub(super) async fn note_in(
     sqlx::query(
         "WITH letters AS (INSERT INTO ackonce.desk_letter (action_id, consumer_id, message_id, \
          fingerprint) SELECT $1, $2, letter.message_id, letter.fingerprint \
-         FROM unnest($3::text[], $4::bytea[]) AS letter (message_id, fingerprint) RETURNING 1) \
-         UPDATE ackonce.desk_action SET letters = desk_action.letters + (SELECT count(*) FROM letters) \
+         FROM unnest($3::pg_catalog.text[], $4::pg_catalog.bytea[]) AS letter (message_id, fingerprint) RETURNING 1) \
+         UPDATE ackonce.desk_action SET letters = desk_action.letters + (SELECT pg_catalog.count(*) FROM letters) \
          WHERE id = $1",
     )
     .bind(action.id)
@@ -289,7 +289,7 @@ pub fn note_left(session: &mut Session, action: ActionId, letter: Key<'_>) -> Re
 /// When it is not written down.
 pub fn end(session: &mut Session, action: ActionId) -> Result<(), Error> {
     session.run(async |connection| {
-        sqlx::query("UPDATE ackonce.desk_action SET ended_at = now() WHERE id = $1")
+        sqlx::query("UPDATE ackonce.desk_action SET ended_at = pg_catalog.now() WHERE id = $1")
             .bind(action.id)
             .execute(connection)
             .await

@@ -60,10 +60,10 @@ pub(super) async fn write(
         "INSERT INTO ackonce.failure (consumer_id, handler, host, worker, attempt, message_id, \
          fingerprint, reason, class, code, error, exchange, routing_key, retry_in, duration) \
          SELECT $1, $2, $3, coalesce(e.worker, $4), e.attempt, e.message_id, e.fingerprint, e.reason, e.class, \
-         e.code, e.error, e.exchange, e.routing_key, make_interval(secs => e.retry_in), \
-         make_interval(secs => e.duration) \
-         FROM unnest($5::int4[], $6::text[], $7::bytea[], $8::text[], $9::text[], $10::text[], \
-         $11::text[], $12::text[], $13::text[], $14::float8[], $15::float8[], $16::int4[]) \
+         e.code, e.error, e.exchange, e.routing_key, pg_catalog.make_interval(secs => e.retry_in), \
+         pg_catalog.make_interval(secs => e.duration) \
+         FROM unnest($5::pg_catalog.int4[], $6::pg_catalog.text[], $7::pg_catalog.bytea[], $8::pg_catalog.text[], $9::pg_catalog.text[], $10::pg_catalog.text[], \
+         $11::pg_catalog.text[], $12::pg_catalog.text[], $13::pg_catalog.text[], $14::pg_catalog.float8[], $15::pg_catalog.float8[], $16::pg_catalog.int4[]) \
          AS e (attempt, message_id, fingerprint, reason, class, code, error, exchange, \
          routing_key, retry_in, duration, worker)",
     )

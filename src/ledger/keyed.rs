@@ -176,9 +176,9 @@ impl Ledger {
             let consumer_id = registration.consumer_id;
             session.run(async |connection| {
                 let rows = sqlx::query_scalar(
-                    "SELECT wanted.message_id FROM unnest($2::text[]) AS wanted (message_id) \
+                    "SELECT wanted.message_id FROM pg_catalog.unnest($2::pg_catalog.text[]) AS wanted (message_id) \
                      CROSS JOIN LATERAL (SELECT FROM ackonce.claim WHERE consumer_id = $1 \
-                     AND message_id = wanted.message_id AND lease_until > clock_timestamp() \
+                     AND message_id = wanted.message_id AND lease_until > pg_catalog.clock_timestamp() \
                      LIMIT 1) AS held",
                 );
                 let rows = rows.bind(consumer_id).bind(ids);
@@ -201,14 +201,14 @@ async fn claim(
     let rows = sqlx::query_scalar(
         "INSERT INTO ackonce.claim AS known \
          (consumer_id, message_id, fingerprint, owner, holder, claimed_at, lease_until) \
-         SELECT $1, batch.message_id, batch.fingerprint, batch.owner, $5, clock_timestamp(), \
-         clock_timestamp() + make_interval(secs => $6) \
-         FROM unnest($2::text[], $3::bytea[], $4::int8[]) \
+         SELECT $1, batch.message_id, batch.fingerprint, batch.owner, $5, pg_catalog.clock_timestamp(), \
+         pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => $6) \
+         FROM unnest($2::pg_catalog.text[], $3::pg_catalog.bytea[], $4::pg_catalog.int8[]) \
          AS batch (message_id, fingerprint, owner) \
          ON CONFLICT (consumer_id, message_id) DO UPDATE SET fingerprint = excluded.fingerprint, \
          owner = excluded.owner, holder = excluded.holder, claimed_at = excluded.claimed_at, \
          lease_until = excluded.lease_until \
-         WHERE known.lease_until < clock_timestamp() OR known.owner = excluded.owner \
+         WHERE known.lease_until < pg_catalog.clock_timestamp() OR known.owner = excluded.owner \
          RETURNING message_id",
     );
     let rows = rows.bind(consumer_id).bind(ids).bind(prints).bind(owners);
@@ -220,8 +220,8 @@ async fn claim(
 /// are to be locked.
 macro_rules! held {
     () => {
-        "(SELECT $1::int2 AS consumer_id, message_id, owner \
-         FROM unnest($2::text[], $3::int8[]) AS given (message_id, owner) \
+        "(SELECT $1::pg_catalog.int2 AS consumer_id, message_id, owner \
+         FROM unnest($2::pg_catalog.text[], $3::pg_catalog.int8[]) AS given (message_id, owner) \
          ORDER BY message_id COLLATE \"C\") AS held"
     };
 }
@@ -273,7 +273,7 @@ const RENEW: &str = concat!(
     held!(),
     " CROSS JOIN LATERAL (SELECT FROM ackonce.claim WHERE consumer_id = held.consumer_id \
      AND message_id = held.message_id AND owner = held.owner FOR UPDATE SKIP LOCKED) AS locked) \
-     UPDATE ackonce.claim SET lease_until = clock_timestamp() + make_interval(secs => $4) \
+     UPDATE ackonce.claim SET lease_until = pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => $4) \
      FROM ours WHERE ",
     one_by_one!("ours"),
     " RETURNING claim.message_id"

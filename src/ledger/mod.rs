@@ -407,7 +407,7 @@ async fn insert(
     let rows = sqlx::query(
         "INSERT INTO ackonce.ledger (consumer_id, message_id, fingerprint) \
          SELECT $1, batch.message_id, batch.fingerprint \
-         FROM unnest($2::text[], $3::bytea[]) AS batch (message_id, fingerprint) \
+         FROM unnest($2::pg_catalog.text[], $3::pg_catalog.bytea[]) AS batch (message_id, fingerprint) \
          ON CONFLICT DO NOTHING RETURNING message_id",
     )
     .bind(consumer_id)
@@ -428,8 +428,8 @@ async fn look_up(
     // would be read.
     let rows = sqlx::query(
         "SELECT known.message_id, known.fingerprint, \
-         extract(epoch FROM clock_timestamp() - known.applied_at)::float8 \
-         FROM unnest($2::text[]) AS wanted (message_id) \
+         extract(epoch FROM pg_catalog.clock_timestamp() - known.applied_at)::pg_catalog.float8 \
+         FROM pg_catalog.unnest($2::pg_catalog.text[]) AS wanted (message_id) \
          CROSS JOIN LATERAL (SELECT message_id, fingerprint, applied_at FROM ackonce.ledger \
          WHERE consumer_id = $1 AND message_id = wanted.message_id LIMIT 1) AS known",
     )

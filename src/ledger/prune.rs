@@ -156,7 +156,7 @@ impl Sweeper {
     /// When the server cannot be asked.
     pub fn lock(&mut self) -> Result<bool, Error> {
         self.session.run(async |connection| {
-            sqlx::query_scalar("SELECT pg_try_advisory_lock($1)")
+            sqlx::query_scalar("SELECT pg_catalog.pg_try_advisory_lock($1)")
                 .bind(LOCK)
                 .fetch_one(connection)
                 .await
@@ -170,7 +170,7 @@ impl Sweeper {
     /// When the server cannot be told.
     pub fn unlock(&mut self) -> Result<(), Error> {
         self.session.run(async |connection| {
-            sqlx::query("SELECT pg_advisory_unlock($1)")
+            sqlx::query("SELECT pg_catalog.pg_advisory_unlock($1)")
                 .bind(LOCK)
                 .execute(connection)
                 .await
@@ -187,10 +187,10 @@ impl Sweeper {
         let rows = self.session.run(async |connection| {
             sqlx::query(
                 "SELECT relation, coalesce(next_page, 0), \
-                 pg_relation_size('ackonce.' || relation) \
-                 / current_setting('block_size')::int8, CASE WHEN swept_at > '-infinity' \
-                 THEN extract(epoch FROM now() - swept_at)::float8 END \
-                 FROM unnest($1::text[]) AS swept (relation) \
+                 pg_catalog.pg_relation_size('ackonce.' || relation) \
+                 / pg_catalog.current_setting('block_size')::pg_catalog.int8, CASE WHEN swept_at > '-infinity' \
+                 THEN extract(epoch FROM pg_catalog.now() - swept_at)::pg_catalog.float8 END \
+                 FROM pg_catalog.unnest($1::pg_catalog.text[]) AS swept (relation) \
                  LEFT JOIN ackonce.sweep USING (relation)",
             )
             .bind(Table::ALL.map(Table::name))
@@ -226,7 +226,7 @@ impl Sweeper {
         self.session.run(async |connection| {
             sqlx::query(
                 "INSERT INTO ackonce.sweep (relation, next_page, swept_at) \
-                 VALUES ($1, $2, now()) ON CONFLICT (relation) DO UPDATE \
+                 VALUES ($1, $2, pg_catalog.now()) ON CONFLICT (relation) DO UPDATE \
                  SET next_page = excluded.next_page, swept_at = excluded.swept_at",
             )
             .bind(table.name())
@@ -316,10 +316,10 @@ impl Sweeper {
 pub fn uncovered(session: &mut Session, retention: Duration) -> Result<Vec<Uncovered>, Error> {
     session.run(async |connection| {
         sqlx::query(
-            "SELECT name, count(DISTINCT (message_id, fingerprint)), \
-             to_char(min(failed_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') \
+            "SELECT name, pg_catalog.count(DISTINCT (message_id, fingerprint)), \
+             pg_catalog.to_char(pg_catalog.min(failed_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') \
              FROM (SELECT consumer_id, message_id, fingerprint, failed_at FROM ackonce.failure \
-             WHERE reason IS NOT NULL AND failed_at < now() - make_interval(secs => $1) \
+             WHERE reason IS NOT NULL AND failed_at < pg_catalog.now() - pg_catalog.make_interval(secs => $1) \
              AND NOT EXISTS (SELECT FROM ackonce.ledger \
              WHERE ledger.consumer_id = failure.consumer_id \
              AND ledger.message_id = failure.message_id \
@@ -362,7 +362,8 @@ fn page(number: u64) -> i64 {
 /// Rows on the pages from `$1` up to `$2`, without the latter.
 macro_rules! on_pages {
     () => {
-        "ctid >= ('(' || $1::int8 || ',0)')::tid AND ctid < ('(' || $2::int8 || ',0)')::tid"
+        "ctid >= pg_catalog.concat('(', $1::pg_catalog.int8, ',0)')::pg_catalog.tid \
+         AND ctid < pg_catalog.concat('(', $2::pg_catalog.int8, ',0)')::pg_catalog.tid"
     };
 }
 
@@ -376,32 +377,32 @@ const DELETE_FROM_LEDGER: &str = concat!(
     "WITH gone AS (DELETE FROM ackonce.ledger WHERE ctid = ANY (ARRAY( \
      SELECT ctid FROM ackonce.ledger WHERE ",
     on_pages!(),
-    " AND applied_at < now() - make_interval(secs => $3) LIMIT $4)) \
-     AND applied_at < now() - make_interval(secs => $3) \
+    " AND applied_at < pg_catalog.now() - pg_catalog.make_interval(secs => $3) LIMIT $4)) \
+     AND applied_at < pg_catalog.now() - pg_catalog.make_interval(secs => $3) \
      RETURNING consumer_id, message_id, fingerprint), \
      reasons AS (DELETE FROM ackonce.failure USING gone \
      WHERE failure.consumer_id = gone.consumer_id AND failure.message_id = gone.message_id \
      AND failure.fingerprint = gone.fingerprint \
-     AND failed_at < now() - make_interval(secs => $3) RETURNING 1) \
-     SELECT (SELECT count(*) FROM gone), (SELECT count(*) FROM reasons), 0::int8, 0::int8"
+     AND failed_at < pg_catalog.now() - pg_catalog.make_interval(secs => $3) RETURNING 1) \
+     SELECT (SELECT pg_catalog.count(*) FROM gone), (SELECT pg_catalog.count(*) FROM reasons), 0::pg_catalog.int8, 0::pg_catalog.int8"
 );
 
 const DELETE_FROM_JOURNAL: &str = concat!(
     "WITH gone AS (DELETE FROM ackonce.failure WHERE ctid = ANY (ARRAY( \
      SELECT ctid FROM ackonce.failure WHERE ",
     on_pages!(),
-    " AND failed_at < now() - make_interval(secs => CASE WHEN reason IS NULL THEN $3 ELSE $5 END) \
-     LIMIT $4)) AND failed_at < now() - make_interval(secs => $3) RETURNING 1) \
-     SELECT 0::int8, count(*), 0::int8, 0::int8 FROM gone"
+    " AND failed_at < pg_catalog.now() - pg_catalog.make_interval(secs => CASE WHEN reason IS NULL THEN $3 ELSE $5 END) \
+     LIMIT $4)) AND failed_at < pg_catalog.now() - pg_catalog.make_interval(secs => $3) RETURNING 1) \
+     SELECT 0::pg_catalog.int8, pg_catalog.count(*), 0::pg_catalog.int8, 0::pg_catalog.int8 FROM gone"
 );
 
 const DELETE_FROM_SUSPECTS: &str = concat!(
     "WITH gone AS (DELETE FROM ackonce.suspect WHERE ctid = ANY (ARRAY( \
      SELECT ctid FROM ackonce.suspect WHERE ",
     on_pages!(),
-    " AND marked_at < now() - make_interval(secs => $3) LIMIT $4)) \
-     AND marked_at < now() - make_interval(secs => $3) RETURNING 1) \
-     SELECT 0::int8, 0::int8, count(*), 0::int8 FROM gone"
+    " AND marked_at < pg_catalog.now() - pg_catalog.make_interval(secs => $3) LIMIT $4)) \
+     AND marked_at < pg_catalog.now() - pg_catalog.make_interval(secs => $3) RETURNING 1) \
+     SELECT 0::pg_catalog.int8, 0::pg_catalog.int8, pg_catalog.count(*), 0::pg_catalog.int8 FROM gone"
 );
 
 /// The claim of a daemon that ended is taken over with its message. One that
@@ -410,37 +411,37 @@ const DELETE_FROM_CLAIMS: &str = concat!(
     "WITH gone AS (DELETE FROM ackonce.claim WHERE ctid = ANY (ARRAY( \
      SELECT ctid FROM ackonce.claim WHERE ",
     on_pages!(),
-    " AND lease_until < now() - make_interval(secs => $3) LIMIT $4)) \
-     AND lease_until < now() - make_interval(secs => $3) RETURNING 1) \
-     SELECT 0::int8, 0::int8, 0::int8, count(*) FROM gone"
+    " AND lease_until < pg_catalog.now() - pg_catalog.make_interval(secs => $3) LIMIT $4)) \
+     AND lease_until < pg_catalog.now() - pg_catalog.make_interval(secs => $3) RETURNING 1) \
+     SELECT 0::pg_catalog.int8, 0::pg_catalog.int8, 0::pg_catalog.int8, pg_catalog.count(*) FROM gone"
 );
 
 // And here `$4` is the age of reasons.
 
 const COUNT_IN_LEDGER: &str = concat!(
-    "SELECT count(*), 0::int8, 0::int8, 0::int8 FROM ackonce.ledger WHERE ",
+    "SELECT pg_catalog.count(*), 0::pg_catalog.int8, 0::pg_catalog.int8, 0::pg_catalog.int8 FROM ackonce.ledger WHERE ",
     on_pages!(),
     " AND applied_at < now() - make_interval(secs => $3)"
 );
 
 const COUNT_IN_JOURNAL: &str = concat!(
-    "SELECT 0::int8, count(*), 0::int8, 0::int8 FROM ackonce.failure WHERE ",
+    "SELECT 0::pg_catalog.int8, pg_catalog.count(*), 0::pg_catalog.int8, 0::pg_catalog.int8 FROM ackonce.failure WHERE ",
     on_pages!(),
-    " AND (failed_at < now() - make_interval(secs => CASE WHEN reason IS NULL THEN $3 ELSE $4 END) \
-     OR failed_at < now() - make_interval(secs => $3) AND EXISTS (SELECT FROM ackonce.ledger \
+    " AND (failed_at < pg_catalog.now() - pg_catalog.make_interval(secs => CASE WHEN reason IS NULL THEN $3 ELSE $4 END) \
+     OR failed_at < pg_catalog.now() - pg_catalog.make_interval(secs => $3) AND EXISTS (SELECT FROM ackonce.ledger \
      WHERE ledger.consumer_id = failure.consumer_id AND ledger.message_id = failure.message_id \
      AND ledger.fingerprint = failure.fingerprint \
-     AND applied_at < now() - make_interval(secs => $3)))"
+     AND applied_at < pg_catalog.now() - pg_catalog.make_interval(secs => $3)))"
 );
 
 const COUNT_IN_SUSPECTS: &str = concat!(
-    "SELECT 0::int8, 0::int8, count(*), 0::int8 FROM ackonce.suspect WHERE ",
+    "SELECT 0::pg_catalog.int8, 0::pg_catalog.int8, pg_catalog.count(*), 0::pg_catalog.int8 FROM ackonce.suspect WHERE ",
     on_pages!(),
     " AND marked_at < now() - make_interval(secs => $3)"
 );
 
 const COUNT_IN_CLAIMS: &str = concat!(
-    "SELECT 0::int8, 0::int8, 0::int8, count(*) FROM ackonce.claim WHERE ",
+    "SELECT 0::pg_catalog.int8, 0::pg_catalog.int8, 0::pg_catalog.int8, pg_catalog.count(*) FROM ackonce.claim WHERE ",
     on_pages!(),
     " AND lease_until < now() - make_interval(secs => $3)"
 );

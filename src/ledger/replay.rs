@@ -98,7 +98,7 @@ pub fn forget(
     let result = session.run(async |connection| {
         let (at_work, applied_since): (bool, bool) = sqlx::query_as(
             "SELECT EXISTS (SELECT FROM ackonce.claim WHERE consumer_id = $1 \
-             AND message_id = $2 AND lease_until > now()), \
+             AND message_id = $2 AND lease_until > pg_catalog.now()), \
              EXISTS (SELECT FROM ackonce.desk_letter AS forced \
              JOIN ackonce.desk_action AS action ON action.id = forced.action_id \
              JOIN ackonce.ledger ON ledger.consumer_id = forced.consumer_id \
@@ -106,7 +106,7 @@ pub fn forget(
              WHERE action.action = 'force-reprocess' AND forced.consumer_id = $1 \
              AND forced.message_id = $2 AND forced.fingerprint = $3 \
              AND ledger.fingerprint = $3 AND ledger.applied_at > forced.acted_at \
-             AND ($4 IS NULL OR forced.acted_at > to_timestamp($4 / 1000000.0)))",
+             AND ($4 IS NULL OR forced.acted_at > pg_catalog.to_timestamp($4::pg_catalog.numeric / 1000000.0)))",
         )
         .bind(action.consumer_id())
         .bind(letter.0)
@@ -152,17 +152,17 @@ pub fn look_up(
     session.run(async |connection| {
         let rows = sqlx::query(
             "SELECT ledger.fingerprint, coalesce(last.waits, false), \
-             extract(epoch FROM now() - first.failed_at)::float8, EXISTS (SELECT \
+             extract(epoch FROM pg_catalog.now() - first.failed_at)::pg_catalog.float8, EXISTS (SELECT \
              FROM ackonce.claim WHERE consumer_id = $1 AND message_id = asked.message_id \
-             AND lease_until > clock_timestamp()) FROM unnest($2::text[], $3::bytea[]) WITH ORDINALITY \
+             AND lease_until > pg_catalog.clock_timestamp()) FROM unnest($2::pg_catalog.text[], $3::pg_catalog.bytea[]) WITH ORDINALITY \
              AS asked (message_id, fingerprint, place) \
              LEFT JOIN ackonce.ledger ON ledger.consumer_id = $1 \
              AND ledger.message_id = asked.message_id \
              LEFT JOIN LATERAL (SELECT reason IS NULL AND failed_at + retry_in \
-             + make_interval(secs => $4) > now() AS waits FROM ackonce.failure \
+             + pg_catalog.make_interval(secs => $4) > pg_catalog.now() AS waits FROM ackonce.failure \
              WHERE consumer_id = $1 AND message_id = asked.message_id \
              AND fingerprint = asked.fingerprint ORDER BY id DESC LIMIT 1) AS last ON true \
-             LEFT JOIN LATERAL (SELECT min(failed_at) AS failed_at FROM ackonce.failure \
+             LEFT JOIN LATERAL (SELECT pg_catalog.min(failed_at) AS failed_at FROM ackonce.failure \
              WHERE consumer_id = $1 AND message_id = asked.message_id \
              AND fingerprint = asked.fingerprint AND reason IS NOT NULL) AS first ON true \
              ORDER BY place",
@@ -195,7 +195,7 @@ pub fn look_up(
 /// As [`look_up`].
 pub fn end_of_journal(session: &mut Session) -> Result<i64, Error> {
     session.run(async |connection| {
-        sqlx::query_scalar("SELECT coalesce(max(id), 0) FROM ackonce.failure")
+        sqlx::query_scalar("SELECT coalesce(pg_catalog.max(id), 0) FROM ackonce.failure")
             .fetch_one(connection)
             .await
     })
@@ -217,8 +217,8 @@ pub fn since(
     session.run(async |connection| {
         let rows = sqlx::query(
             "SELECT ledger.fingerprint, last.id IS NOT NULL, last.reason, last.code, \
-             coalesce(left(last.error, $5), '') \
-             FROM unnest($2::text[], $3::bytea[]) WITH ORDINALITY \
+             coalesce(pg_catalog.left(last.error, $5), '') \
+             FROM unnest($2::pg_catalog.text[], $3::pg_catalog.bytea[]) WITH ORDINALITY \
              AS asked (message_id, fingerprint, place) \
              LEFT JOIN ackonce.ledger ON ledger.consumer_id = $1 \
              AND ledger.message_id = asked.message_id \

@@ -34,7 +34,7 @@ pub enum Schema {
 /// When the server cannot be asked.
 pub fn schema(session: &mut Session) -> Result<Schema, Error> {
     session.run(async |connection| {
-        let exists: bool = sqlx::query_scalar("SELECT to_regclass($1) IS NOT NULL")
+        let exists: bool = sqlx::query_scalar("SELECT pg_catalog.to_regclass($1) IS NOT NULL")
             .bind(MIGRATIONS_TABLE)
             .fetch_one(&mut *connection)
             .await?;
@@ -65,6 +65,8 @@ pub fn schema(session: &mut Session) -> Result<Schema, Error> {
 ///
 /// When one fails, or an applied one is not what this program has under its number.
 pub fn migrate(session: &mut Session) -> Result<(), Error> {
+    // The statements name their schema; what they do not is built in.
+    session.execute("SET search_path = pg_catalog")?;
     session
         .run(async |connection| {
             Ok(match migrator().run_direct(None, connection, false).await {
@@ -111,10 +113,10 @@ pub fn forget_marks(session: &mut Session) -> Result<(), Error> {
 pub fn renew_id(session: &mut Session) -> Result<Option<String>, Error> {
     session.run(async |connection| {
         sqlx::query_scalar(
-            "UPDATE ackonce.instance SET ledger_id = gen_random_uuid(), created_at = now() \
-             WHERE NOT EXISTS (SELECT FROM pg_stat_activity \
-             WHERE datname = current_database() AND pid <> pg_backend_pid() \
-             AND application_name LIKE 'ackonce %') RETURNING ledger_id::text",
+            "UPDATE ackonce.instance SET ledger_id = pg_catalog.gen_random_uuid(), created_at = pg_catalog.now() \
+             WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity \
+             WHERE datname = pg_catalog.current_database() AND pid <> pg_catalog.pg_backend_pid() \
+             AND application_name LIKE 'ackonce %') RETURNING ledger_id::pg_catalog.text",
         )
         .fetch_optional(connection)
         .await

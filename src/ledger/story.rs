@@ -169,9 +169,9 @@ async fn applied(
     consumer: Option<&str>,
 ) -> Result<Vec<Applied>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT name, (extract(epoch FROM applied_at) * 1000000)::int8, \
-         to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
-         encode(fingerprint, 'hex') FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.ledger \
+        "SELECT name, (extract(epoch FROM applied_at) * 1000000.0)::pg_catalog.int8, \
+         pg_catalog.to_char(applied_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         pg_catalog.encode(fingerprint, 'hex') FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.ledger \
          WHERE consumer_id = consumer.id AND message_id = $1) AS row \
          WHERE $2 IS NULL OR name = $2 ORDER BY name",
     )
@@ -196,13 +196,13 @@ async fn attempts(
     consumer: Option<&str>,
 ) -> Result<Vec<Attempt>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT name, (extract(epoch FROM failed_at) * 1000000)::int8, \
-         to_char(failed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
-         (extract(epoch FROM failed_at + retry_in) * 1000000)::int8, \
-         to_char((failed_at + retry_in) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
-         coalesce(failed_at + retry_in > now(), false), encode(fingerprint, 'hex'), attempt, \
-         reason, extract(epoch FROM retry_in)::float8, class, code, error, handler, host, worker, \
-         extract(epoch FROM duration)::float8, exchange, routing_key \
+        "SELECT name, (extract(epoch FROM failed_at) * 1000000.0)::pg_catalog.int8, \
+         pg_catalog.to_char(failed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         (extract(epoch FROM failed_at + retry_in) * 1000000.0)::pg_catalog.int8, \
+         pg_catalog.to_char((failed_at + retry_in) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         coalesce(failed_at + retry_in > pg_catalog.now(), false), pg_catalog.encode(fingerprint, 'hex'), attempt, \
+         reason, extract(epoch FROM retry_in)::pg_catalog.float8, class, code, error, handler, host, worker, \
+         extract(epoch FROM duration)::pg_catalog.float8, exchange, routing_key \
          FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.failure \
          WHERE consumer_id = consumer.id AND message_id = $1) AS row \
          WHERE $2 IS NULL OR name = $2 ORDER BY row.id DESC LIMIT $3",
@@ -244,8 +244,8 @@ async fn marks(
     consumer: Option<&str>,
 ) -> Result<Vec<Mark>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT name, (extract(epoch FROM marked_at) * 1000000)::int8, \
-         to_char(marked_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), deaths \
+        "SELECT name, (extract(epoch FROM marked_at) * 1000000.0)::pg_catalog.int8, \
+         pg_catalog.to_char(marked_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), deaths \
          FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.suspect \
          WHERE consumer_id = consumer.id AND message_id = $1) AS row \
          WHERE $2 IS NULL OR name = $2 ORDER BY name",
@@ -271,11 +271,11 @@ async fn claims(
     consumer: Option<&str>,
 ) -> Result<Vec<Claim>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT name, (extract(epoch FROM claimed_at) * 1000000)::int8, \
-         to_char(claimed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
-         (extract(epoch FROM lease_until) * 1000000)::int8, \
-         to_char(lease_until AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
-         lease_until < now(), holder, encode(fingerprint, 'hex') \
+        "SELECT name, (extract(epoch FROM claimed_at) * 1000000.0)::pg_catalog.int8, \
+         pg_catalog.to_char(claimed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         (extract(epoch FROM lease_until) * 1000000.0)::pg_catalog.int8, \
+         pg_catalog.to_char(lease_until AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         lease_until < pg_catalog.now(), holder, pg_catalog.encode(fingerprint, 'hex') \
          FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.claim \
          WHERE consumer_id = consumer.id AND message_id = $1) AS row \
          WHERE $2 IS NULL OR name = $2 ORDER BY name",
@@ -304,9 +304,9 @@ async fn deeds(
     consumer: Option<&str>,
 ) -> Result<Vec<Deed>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT name, (extract(epoch FROM acted_at) * 1000000)::int8, \
-         to_char(acted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
-         encode(fingerprint, 'hex'), action, operator, because, outcome = 'left' \
+        "SELECT name, (extract(epoch FROM acted_at) * 1000000.0)::pg_catalog.int8, \
+         pg_catalog.to_char(acted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), \
+         pg_catalog.encode(fingerprint, 'hex'), action, operator, because, outcome = 'left' \
          FROM ackonce.consumer, LATERAL (SELECT * FROM ackonce.desk_letter \
          WHERE consumer_id = consumer.id AND message_id = $1) AS row \
          JOIN ackonce.desk_action ON desk_action.id = row.action_id \

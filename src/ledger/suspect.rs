@@ -14,7 +14,7 @@ pub(super) async fn find(
     ids: &[&str],
 ) -> Result<HashMap<String, u32>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT message_id, deaths + (owner NOT IN ($2, 0))::int4 FROM ackonce.suspect \
+        "SELECT message_id, deaths + (owner NOT IN ($2, 0))::pg_catalog.int4 FROM ackonce.suspect \
          WHERE consumer_id = $1 AND message_id = ANY ($3)",
     )
     .bind(consumer_id)
@@ -43,10 +43,10 @@ pub(super) async fn mark(
         .collect();
     sqlx::query(
         "INSERT INTO ackonce.suspect AS known (consumer_id, message_id, deaths, owner) \
-         SELECT $1, batch.message_id, 0, $2 FROM unnest($3::text[]) AS batch (message_id) \
-         ON CONFLICT (consumer_id, message_id) DO UPDATE SET marked_at = now(), \
+         SELECT $1, batch.message_id, 0, $2 FROM pg_catalog.unnest($3::pg_catalog.text[]) AS batch (message_id) \
+         ON CONFLICT (consumer_id, message_id) DO UPDATE SET marked_at = pg_catalog.now(), \
          owner = excluded.owner, \
-         deaths = known.deaths + (known.owner NOT IN (excluded.owner, 0))::int4",
+         deaths = known.deaths + (known.owner NOT IN (excluded.owner, 0))::pg_catalog.int4",
     )
     .bind(consumer_id)
     .bind(owner)

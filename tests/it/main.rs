@@ -38,6 +38,7 @@ mod hostile;
 mod hostile_headers;
 mod hostile_redis;
 mod hostile_retries;
+mod hostile_sql;
 mod house;
 mod http_daemon;
 mod http_handler;
