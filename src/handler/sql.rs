@@ -2,7 +2,7 @@
 //!
 //! They run for one message after the other, in the order of the queue, each
 //! seeing the effects of those before it: a PL/pgSQL function in the session's
-//! temporary schema does it with one round trip for a batch ([`each`]). With
+//! temporary schema does it with one round trip for a batch (`each`). With
 //! `batch = "set"` each statement runs once over a relation of all messages.
 //!
 //! Message content is never part of a statement, and every statement stays
