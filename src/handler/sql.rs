@@ -11,7 +11,7 @@
 mod each;
 mod script;
 
-use sqlx::{AssertSqlSafe, Executor, SqlSafeStr, Statement as _};
+use sqlx::{AssertSqlSafe, Executor, SqlSafeStr};
 
 use super::json::is_storable_json;
 use super::{Fault, Transactional, Work};
@@ -96,12 +96,30 @@ impl SqlHandler {
     /// The line of the first statement that the server refuses, and why.
     pub fn check(&mut self, session: &mut Session) -> Result<(), Box<(ScriptError, Error)>> {
         for statement in &self.statements {
-            returns_rows(session, statement, self.mode)
+            self.parse(session, statement)
                 .map_err(|error| self.refusal(statement.line, error))?;
         }
         let line = self.statements.first().map_or(1, |s| s.line);
         self.ready(session)
             .map_err(|error| self.refusal(line, error))
+    }
+
+    fn parse(&self, session: &mut Session, statement: &Statement) -> Result<(), Error> {
+        let text = statement.text(&match self.mode {
+            BatchMode::Set => relation_of_all(),
+            // Without the column that only sets have.
+            BatchMode::Each => {
+                let columns = select_list();
+                format!("message AS (SELECT {columns} FROM {ARRAYS} LIMIT 1)")
+            }
+        });
+        match statement.kind {
+            Kind::Utility => Ok(()),
+            Kind::Query | Kind::Write => session.run(async |connection| {
+                let text = AssertSqlSafe(text).into_sql_str();
+                connection.prepare(text).await.map(drop)
+            }),
+        }
     }
 
     fn refusal(&self, line: u64, error: Error) -> Box<(ScriptError, Error)> {
@@ -145,29 +163,6 @@ impl SqlHandler {
     }
 }
 
-/// Whether a statement returns rows. Lets the server parse and plan it.
-fn returns_rows(
-    session: &mut Session,
-    statement: &Statement,
-    mode: BatchMode,
-) -> Result<bool, Error> {
-    if statement.kind == Kind::Utility {
-        return Ok(false);
-    }
-    let text = statement.text(&match mode {
-        BatchMode::Set => relation_of_all(),
-        // Without the column that only sets have.
-        BatchMode::Each => {
-            let columns = select_list();
-            format!("message AS (SELECT {columns} FROM {ARRAYS} LIMIT 1)")
-        }
-    });
-    session.run(async |connection| {
-        let prepared = connection.prepare(AssertSqlSafe(text).into_sql_str());
-        Ok(statement.kind == Kind::Query || !prepared.await?.columns().is_empty())
-    })
-}
-
 impl Transactional for SqlHandler {
     fn kind(&self) -> &'static str {
         "sql"
@@ -178,11 +173,7 @@ impl Transactional for SqlHandler {
         if self.mode == BatchMode::Set || self.function.as_ref().is_some_and(is_there) {
             return Ok(());
         }
-        let mut statements = Vec::with_capacity(self.statements.len());
-        for statement in &self.statements {
-            statements.push((statement, returns_rows(session, statement, self.mode)?));
-        }
-        let function = each::Function::new(&statements);
+        let function = each::Function::new(&self.statements);
         function.create(session)?;
         self.function = Some((session.id(), function));
         Ok(())

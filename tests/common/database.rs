@@ -56,6 +56,13 @@ impl Database {
             .unwrap_or_else(|e| panic!("failed to run {sql:?}: {e}"));
     }
 
+    /// As [`Self::execute`], of what may fail.
+    pub fn try_execute(&self, sql: &str) -> Result<(), sqlx::Error> {
+        let mut session = self.session.lock().expect("the session");
+        let run = sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut *session);
+        self.runtime.block_on(run).map(drop)
+    }
+
     /// Rows of a query.
     pub fn rows(&self, sql: &str) -> Vec<PgRow> {
         let mut session = self.session.lock().expect("the session");

@@ -11,6 +11,7 @@ mod common;
 
 mod alarm;
 mod amqp_types;
+mod batches;
 mod broker_faults;
 mod cli;
 mod cluster;

@@ -38,8 +38,8 @@ pub(super) struct Function {
 }
 
 impl Function {
-    /// Of `statements`, each with whether it returns rows.
-    pub(super) fn new(statements: &[(&Statement, bool)]) -> Self {
+    /// Of `statements`.
+    pub(super) fn new(statements: &[Statement]) -> Self {
         let (body, lines) = body(statements);
         let parameters =
             "text[], bytea[], bool[], text[], text[], text[], float8[], bool[], int4[]";
@@ -124,7 +124,7 @@ impl Function {
 }
 
 /// The function's body, and where in it each statement begins.
-fn body(statements: &[(&Statement, bool)]) -> (String, Vec<(u64, u64)>) {
+fn body(statements: &[Statement]) -> (String, Vec<(u64, u64)>) {
     let columns = COLUMNS.map(|(name, _)| format!("ackonce_message.{name} AS {name}"));
     let relation = format!("message AS (SELECT {})", columns.join(", "));
     let mut body = format!(
@@ -135,14 +135,14 @@ fn body(statements: &[(&Statement, bool)]) -> (String, Vec<(u64, u64)>) {
         select_list()
     );
     let mut lines = Vec::with_capacity(statements.len());
-    for (statement, returns_rows) in statements {
+    for statement in statements {
         let line = body.bytes().filter(|byte| *byte == b'\n').count() as u64 + 1;
         lines.push((line, statement.line));
         let text = statement.text(&relation);
-        body.push_str(&match (statement.kind, returns_rows) {
-            (Kind::Utility, _) => format!("EXECUTE {};\n", dollar_quoted(&text)),
-            (_, true) => format!("FOR ackonce_row IN {text} LOOP NULL; END LOOP;\n"),
-            (_, false) => format!("{text};\n"),
+        body.push_str(&match statement.kind {
+            Kind::Utility => format!("EXECUTE {};\n", dollar_quoted(&text)),
+            Kind::Query => format!("FOR ackonce_row IN {text} LOOP NULL; END LOOP;\n"),
+            Kind::Write => format!("{text};\n"),
         });
     }
     body.push_str(
@@ -181,7 +181,6 @@ mod tests {
     #[test]
     fn a_line_of_the_function_is_found_in_the_script() {
         let statements = split("SELECT 1;\n\nINSERT INTO t\nVALUES (1);\nDO $$ $$", "x").unwrap();
-        let statements: Vec<_> = statements.iter().map(|s| (s, false)).collect();
         let function = Function::new(&statements);
         let starts: Vec<u64> = function.lines.iter().map(|(start, _)| *start).collect();
         let lines: Vec<u64> = function.lines.iter().map(|(_, line)| *line).collect();

@@ -20,7 +20,7 @@ pub struct ScriptError {
 pub(super) enum Kind {
     /// It returns rows.
     Query,
-    /// It writes; whether it returns rows too, the server knows.
+    /// It writes, and returns none.
     Write,
     /// It cannot read the relation.
     Utility,
@@ -139,9 +139,9 @@ fn statement(from: &[&str], tokens: &[&TokenWithSpan], line: u64) -> Result<Stat
         None => String::new(),
     };
     let (kind, around, first) = match word(0).as_str() {
-        "WITH" if word(1) == "RECURSIVE" => (Kind::Write, ("WITH RECURSIVE", ", "), 2),
-        "WITH" => (Kind::Write, ("WITH", ", "), 1),
-        "INSERT" | "UPDATE" | "DELETE" | "MERGE" => (Kind::Write, ("WITH", " "), 0),
+        "WITH" if word(1) == "RECURSIVE" => (of_rows(tokens), ("WITH RECURSIVE", ", "), 2),
+        "WITH" => (of_rows(tokens), ("WITH", ", "), 1),
+        "INSERT" | "UPDATE" | "DELETE" | "MERGE" => (of_rows(tokens), ("WITH", " "), 0),
         "SELECT" | "VALUES" | "TABLE" | "(" => (Kind::Query, ("WITH", " "), 0),
         "CALL" | "DO" | "LOCK" | "NOTIFY" | "TRUNCATE" => (Kind::Utility, ("", ""), 0),
         "SET" if matches!(word(1).as_str(), "LOCAL" | "CONSTRAINTS") => {
@@ -162,6 +162,32 @@ fn statement(from: &[&str], tokens: &[&TokenWithSpan], line: u64) -> Result<Stat
         around,
         rest: from.get(first).copied().unwrap_or_default().to_owned(),
     })
+}
+
+/// Whether a statement returns rows: one that writes does so by a `RETURNING` of
+/// its own, outside of all parentheses; before it may stand a `WITH`.
+fn of_rows(tokens: &[&TokenWithSpan]) -> Kind {
+    let mut depth = 0_usize;
+    let mut writes = false;
+    for token in tokens {
+        match &token.token {
+            Token::LParen => depth += 1,
+            Token::RParen => depth = depth.saturating_sub(1),
+            Token::Word(word) if depth == 0 && word.quote_style.is_none() => {
+                match word.value.to_ascii_uppercase().as_str() {
+                    "INSERT" | "UPDATE" | "DELETE" | "MERGE" => writes = true,
+                    "RETURNING" => return Kind::Query,
+                    "SELECT" | "VALUES" | "TABLE" if !writes => return Kind::Query,
+                    _ => {}
+                }
+            }
+            _ => {}
+        }
+    }
+    match writes {
+        true => Kind::Write,
+        false => Kind::Query,
+    }
 }
 
 /// Finds the byte offsets of places that the tokenizer counts in lines and
@@ -233,6 +259,34 @@ mod tests {
                 "set constraints all immediate"
             ]
         );
+    }
+
+    #[test]
+    fn what_returns_rows_is_told_from_what_only_writes() {
+        for (script, kind) in [
+            ("insert into t select returning_x from message", Kind::Write),
+            ("insert into t values (1) returning id", Kind::Query),
+            ("update t set a = (select 1)", Kind::Write),
+            ("delete from t using message returning *", Kind::Query),
+            (
+                "with a as (delete from t returning *) insert into u select * from a",
+                Kind::Write,
+            ),
+            ("with a as (insert into t values (1)) select 1", Kind::Query),
+            ("with a as (select 1) (select 2)", Kind::Query),
+            (
+                "with recursive a as (select 1) update t set x = 1",
+                Kind::Write,
+            ),
+            (
+                "merge into t using message on true when matched then delete",
+                Kind::Write,
+            ),
+            ("table message", Kind::Query),
+            ("call f()", Kind::Utility),
+        ] {
+            assert_eq!(split(script, "x").unwrap()[0].kind, kind, "{script}");
+        }
     }
 
     #[test]
