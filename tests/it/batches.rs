@@ -296,6 +296,7 @@ fn what_a_script_sets_does_not_reach_the_daemons_own_statements() {
     daemon.kill();
     let daemon = world.run(&config);
     world.wait_for_effects(300);
+    assert!(!daemon.logged(&["replaced a database session"]));
     world.drain_with(daemon, &config, "orders");
     assert_eq!(world.db.effect_count(), 300);
     assert_eq!(world.db.count("select count(*) from ackonce.suspect"), 0);
