@@ -28,6 +28,7 @@ pub struct Arguments {
 /// The exit status.
 pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
     let config = arguments.config.load()?;
+    logging::take_panics();
     run_daemon(config, arguments.config.config.clone(), Makers::default())
 }
 
@@ -39,6 +40,16 @@ pub fn run(arguments: &Arguments) -> Result<Exit, Exit> {
 /// The exit status.
 pub fn run_daemon(config: Config, path: PathBuf, makers: Makers) -> Result<Exit, Exit> {
     logging::set_format(config.log_format);
+    logging::detach().map_err(|error| {
+        log::error!("failed to start a thread for the log: {error}");
+        Exit::System
+    })?;
+    let ended = run_detached(config, path, makers);
+    logging::flush();
+    ended
+}
+
+fn run_detached(config: Config, path: PathBuf, makers: Makers) -> Result<Exit, Exit> {
     let (stops, wishes) = signals::stops_and_reloads().map_err(|error| {
         log::error!("failed to handle signals: {error}");
         Exit::System

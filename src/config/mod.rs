@@ -86,6 +86,13 @@ pub fn logs_to_journal() -> bool {
     std::env::var("JOURNAL_STREAM").is_ok_and(|stream| files::stderr_is(&stream))
 }
 
+/// Whether whoever reads standard error wants no colours, terminal or not.
+#[must_use]
+pub fn wants_no_colour() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+        || std::env::var_os("TERM").is_some_and(|value| value == "dumb")
+}
+
 /// Whether systemd waits to be told how this process is.
 #[must_use]
 pub fn is_notify_service() -> bool {

@@ -93,7 +93,24 @@ pub(super) fn check_redis(text: &str) -> Result<(), Complaint> {
     const EXAMPLE: &str =
         "write it like redis://:PASSWORD@HOST:6379/0, rediss://… for TLS, or unix:///PATH";
     let url = parse(text, &["redis", "rediss", "redis+unix", "unix"], EXAMPLE)?;
-    if matches!(url.scheme(), "redis+unix" | "unix") {
+    let is_socket = matches!(url.scheme(), "redis+unix" | "unix");
+    let known: &[&str] = match is_socket {
+        true => &["db", "user", "pass", "protocol"],
+        false => &["protocol"],
+    };
+    if url
+        .query_pairs()
+        .any(|(name, _)| !known.contains(&name.as_ref()))
+    {
+        return Err(Complaint::new(
+            "has an unknown parameter after `?`",
+            format!(
+                "known here: {}; write a ? in the password as %3F",
+                known.join(", ")
+            ),
+        ));
+    }
+    if is_socket {
         return match url.to_file_path() {
             Ok(path) if path.file_name().is_some() => Ok(()),
             _ => Err(Complaint::new("names no socket", EXAMPLE)),
@@ -145,19 +162,55 @@ pub(super) fn check_postgres(text: &str) -> Result<(), Complaint> {
             "write a # in the password as %23",
         ));
     }
-    let file = url.query_pairs().find_map(|(name, _)| match name.as_ref() {
-        "sslrootcert" | "ssl-root-cert" | "ssl-ca" => Some(("sslrootcert", "ca_file")),
-        "sslcert" | "ssl-cert" => Some(("sslcert", "client_cert_file")),
-        "sslkey" | "ssl-key" => Some(("sslkey", "client_key_file")),
-        _ => None,
-    });
-    match file {
-        None => Ok(()),
-        Some((name, key)) => Err(Complaint::new(
-            format!("has the parameter `{name}`"),
-            format!("set `{key}` in [postgres] instead"),
-        )),
-    }
+    url.query_pairs()
+        .try_for_each(|(name, _)| check_postgres_parameter(&name))
+}
+
+/// sqlx logs what it does not know, with its value, and goes on without it.
+fn check_postgres_parameter(name: &str) -> Result<(), Complaint> {
+    let (name, hint) = match name {
+        "sslmode"
+        | "ssl-mode"
+        | "host"
+        | "hostaddr"
+        | "port"
+        | "dbname"
+        | "user"
+        | "password"
+        | "application_name"
+        | "options"
+        | "statement-cache-capacity" => return Ok(()),
+        name if name.starts_with("options[") && name.ends_with(']') => return Ok(()),
+        "sslrootcert" | "ssl-root-cert" | "ssl-ca" => {
+            ("sslrootcert", "set `ca_file` in [postgres] instead")
+        }
+        "sslcert" | "ssl-cert" => ("sslcert", "set `client_cert_file` in [postgres] instead"),
+        "sslkey" | "ssl-key" => ("sslkey", "set `client_key_file` in [postgres] instead"),
+        "sslpassword" => (
+            "sslpassword",
+            "name a key without a password in `client_key_file` of [postgres]",
+        ),
+        "target_session_attrs" => (
+            "target_session_attrs",
+            "leave it out, and name the server that takes writes",
+        ),
+        "channel_binding" => (
+            "channel_binding",
+            "leave it out: sslmode=verify-full proves the server",
+        ),
+        "connect_timeout" => (
+            "connect_timeout",
+            "set `connect_timeout` in [postgres] instead",
+        ),
+        _ => {
+            return Err(Complaint::new(
+                "has an unknown parameter after `?`",
+                "known: sslmode, host, hostaddr, port, dbname, user, password, application_name, \
+                 options, statement-cache-capacity; write a ? in the password as %3F",
+            ));
+        }
+    };
+    Err(Complaint::new(format!("has the parameter `{name}`"), hint))
 }
 
 /// `http://` and `https://`, of a fixed receiver.
@@ -346,6 +399,9 @@ mod tests {
             ("redis://h#hunter2", "has a part after `#`"),
             ("rediss://h/3#insecure", "asks for TLS that verifies nobody"),
             ("unix:///", "names no socket"),
+            ("redis://h?db=2", "has an unknown parameter"),
+            ("redis://u:1?hunter2@h", "has an unknown parameter"),
+            ("unix:///s?passwd=hunter2", "has an unknown parameter"),
         ];
         assert_refused(check_redis, &cases);
     }
@@ -360,6 +416,20 @@ mod tests {
                 "postgres://h/d?sslrootcert=/hunter",
                 "has the parameter `sslrootcert`",
             ),
+            (
+                "postgres://h/d?sslpassword=hunter2",
+                "has the parameter `sslpassword`",
+            ),
+            (
+                "postgres://h/d?sslmode=require&target_session_attrs=hunter2",
+                "has the parameter `target_session_attrs`",
+            ),
+            (
+                "postgres://h/d?channel_binding=require",
+                "has the parameter `channel_binding`",
+            ),
+            ("postgres://h/d?sslmod=hunter2", "has an unknown parameter"),
+            ("postgres://u:1?hunter2@h/d", "has an unknown parameter"),
         ];
         assert_refused(check_postgres, &cases);
     }

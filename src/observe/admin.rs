@@ -1,9 +1,11 @@
 //! The admin address: `/metrics`, `/livez`, `/readyz` and `/status` over HTTP,
 //! read-only and without authentication, for the machine's own eyes.
 //!
-//! One thread serves it; a slow or silent client costs one of a few places, for
-//! a bounded time.
+//! One thread serves it. A slow or silent client has one of a few places for a
+//! bounded time, and gives it up to whoever comes when all are taken: a probe
+//! never waits for others.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
@@ -16,16 +18,15 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
 
 use super::Signs;
 use super::health::{Health, Report};
 use super::metrics::{self, Metrics};
 use super::status::Status;
 
-/// Connections served at a time; one more waits in the listener's backlog. So
-/// many that a few that are forgotten do not keep a probe waiting.
-const CONNECTIONS_MAX: usize = 64;
+/// Connections served at a time; one more ends the oldest.
+const CONNECTIONS_MAX: usize = 256;
 
 /// Longest life of a connection, requests and answers together.
 const CONNECTION_WITHIN: Duration = Duration::from_secs(30);
@@ -99,12 +100,8 @@ pub fn start(address: SocketAddr, shown: Shown) -> std::io::Result<SocketAddr> {
 async fn serve(listener: StdListener, shown: Shown) -> std::io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
     let shown = Arc::new(shown);
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut places: VecDeque<AbortHandle> = VecDeque::new();
     loop {
-        // Never closed, so there is always a place in the end.
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-            return Ok(());
-        };
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -115,7 +112,13 @@ async fn serve(listener: StdListener, shown: Shown) -> std::io::Result<()> {
             }
         };
         let shown = Arc::clone(&shown);
-        tokio::spawn(async move {
+        places.retain(|connection| !connection.is_finished());
+        if places.len() >= CONNECTIONS_MAX
+            && let Some(oldest) = places.pop_front()
+        {
+            oldest.abort();
+        }
+        let connection = tokio::spawn(async move {
             let answer = service_fn(move |request| {
                 let response = answer(&request, &shown);
                 async move { Ok::<_, Infallible>(response) }
@@ -130,8 +133,8 @@ async fn serve(listener: StdListener, shown: Shown) -> std::io::Result<()> {
             if let Ok(Err(error)) = ended {
                 log::debug!("a connection to the admin address broke off: {error}");
             }
-            drop(place);
         });
+        places.push_back(connection.abort_handle());
     }
 }
 

@@ -2,14 +2,22 @@
 //! object, each with its fields. No line holds a control character, so that
 //! nothing a server says can look like another line.
 
-use std::io::Write as _;
+mod queue;
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::io::{IsTerminal as _, Write as _};
+use std::panic::PanicHookInfo;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use env_logger::fmt::Formatter;
+use env_logger::{Target, WriteStyle};
 use log::kv::{Error, Key, Value, VisitSource};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
-use crate::config::checked::LogFormat;
+use crate::config::{self, checked::LogFormat};
+
+/// Longest wait at the end of the daemon for its last lines to be written.
+const FLUSH_WITHIN: std::time::Duration = std::time::Duration::from_millis(500);
 
 static TO_JOURNAL: AtomicBool = AtomicBool::new(false);
 static AS_JSON: AtomicBool = AtomicBool::new(false);
@@ -23,6 +31,8 @@ pub fn start(to_journal: bool) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(LevelFilter::Info);
     builder.filter_module("sqlx", LevelFilter::Warn);
+    builder.target(Target::Pipe(Box::new(queue::Lines)));
+    builder.write_style(style());
     builder.parse_default_env();
     builder.format(write);
     let logger = builder.build();
@@ -31,6 +41,54 @@ pub fn start(to_journal: bool) {
     if log::set_boxed_logger(Box::new(Capped(logger))).is_ok() {
         log::set_max_level(level);
     }
+}
+
+/// Colours for somebody who sees them.
+fn style() -> WriteStyle {
+    match std::io::stderr().is_terminal() && !config::wants_no_colour() {
+        true => WriteStyle::Always,
+        false => WriteStyle::Never,
+    }
+}
+
+/// From now on nobody who logs waits for standard error: a thread writes, and
+/// what finds no place in its queue is dropped, counted and told.
+///
+/// # Errors
+///
+/// When there is no thread to be had.
+pub fn detach() -> std::io::Result<()> {
+    queue::start()
+}
+
+/// Logs panics, in place of writing them to standard error, which can block.
+/// For the program alone: another one may have a hook of its own.
+pub fn take_panics() {
+    std::panic::set_hook(Box::new(panicked));
+}
+
+/// Gives the last lines a moment to be written.
+pub fn flush() {
+    queue::flush(FLUSH_WITHIN);
+}
+
+/// Lines that were dropped since the start of the process.
+#[must_use]
+pub fn dropped() -> u64 {
+    queue::dropped()
+}
+
+fn panicked(info: &PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let trace = Backtrace::capture();
+    let trace = match trace.status() {
+        BacktraceStatus::Captured => format!("\n{trace}"),
+        _ => String::new(),
+    };
+    log::error!(
+        "thread '{}' {info}{trace}",
+        thread.name().unwrap_or("<unnamed>")
+    );
 }
 
 /// Writes further lines as the configuration wants them.

@@ -231,6 +231,32 @@ fn a_hundred_connections_at_a_time_are_all_answered() {
 }
 
 #[test]
+fn probes_are_answered_whoever_else_is_connected() {
+    let world = World::new();
+    let (daemon, admin) = world.watch(&world.orders());
+    // More than there are places; none of them ever ends by itself.
+    let slow: Vec<_> = (0..300)
+        .map(|_| {
+            let mut stream = admin.connect();
+            stream
+                .write_all(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+                .unwrap();
+            stream
+        })
+        .collect();
+    for _ in 0..3 {
+        let mut probe = admin.connect();
+        probe
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        probe.write_all(&request("GET", "/livez")).unwrap();
+        assert_eq!(read_reply(&mut probe).status, 200);
+    }
+    drop(slow);
+    daemon.stop();
+}
+
+#[test]
 fn a_port_that_is_taken_is_an_error_with_the_way_out() {
     let world = World::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::process::Command;
 
 use crate::common::raw::{self, Properties, RawClient, flag};
-use crate::common::{Config, Consumer, Daemon, ORDERS, ORDERS_DEAD, World, eventually};
+use crate::common::{Config, Consumer, Daemon, Msg, ORDERS, ORDERS_DEAD, World, eventually};
 use sha2::{Digest, Sha256};
 
 const EXCHANGE: &str = "events";
@@ -428,4 +428,40 @@ fn what_rabbitmqadmin_publishes_is_applied_or_dead_lettered() {
     assert_eq!(seen.len(), 2);
     assert_eq!(stage.daemon.times_consuming(ORDERS), 1);
     stage.finish();
+}
+
+#[test]
+fn numbers_that_would_fill_the_servers_memory_are_applied_without_a_body() {
+    let world = World::new();
+    world
+        .db
+        .execute("create table seen (message_id text, body jsonb, bytes int)");
+    let sql = "insert into seen select message_id, body, length(payload) from message; \
+               insert into effect (message_id) select message_id from message";
+    let config = world.config().consumer(Consumer::orders().sql(sql));
+    let daemon = world.run(&config);
+    // Each of its numbers has 16,000 digits as jsonb.
+    let bomb = format!("[{}1]", "1e-16000,".repeat(2_000));
+    let many = format!("[{}1]", "1,".repeat(1_000_001));
+    let messages = [
+        ("bomb", bomb),
+        ("many", many),
+        ("tiny", "{\"a\":1e-20000}".to_owned()),
+        ("plain", "{\"a\":1e-300}".to_owned()),
+    ];
+    let mut sizes: Vec<String> = messages
+        .iter()
+        .map(|(id, body)| format!("{id}|{}|{}", *id != "plain", body.len()))
+        .collect();
+    world
+        .broker
+        .send(ORDERS, messages.map(|(id, body)| Msg::new(id).body(body)));
+    world.wait_for_effects(4);
+    world.drain_with(daemon, &config, ORDERS);
+    let mut seen = world
+        .db
+        .texts("select concat_ws('|', message_id, (body is null)::text, bytes) from seen");
+    seen.sort();
+    sizes.sort();
+    assert_eq!(seen, sizes);
 }

@@ -47,6 +47,7 @@ mod http_tls;
 mod journal;
 mod keyed;
 mod least_privilege;
+mod logging;
 mod metrics;
 mod moves;
 mod ops;

@@ -5,9 +5,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage};
 use nix::sys::time::TimeVal;
-use prometheus::{Counter, Error, Gauge, Opts, Registry};
+use prometheus::{Counter, Error, Gauge, IntCounter, Opts, Registry};
 
 use crate::config::ProcessStatus;
+use crate::observe::logging;
 
 /// The process's series. What the system does not tell stays at 0.
 pub(super) struct Process {
@@ -17,6 +18,7 @@ pub(super) struct Process {
     threads: Gauge,
     open_files: Gauge,
     max_files: Gauge,
+    dropped_lines: IntCounter,
 }
 
 impl Process {
@@ -31,6 +33,11 @@ impl Process {
             "Processor time used, by the program and by the system for it.",
         ))?;
         registry.register(Box::new(cpu.clone()))?;
+        let dropped_lines = IntCounter::with_opts(Opts::new(
+            "ackonce_log_lines_dropped_total",
+            "Lines of the log that standard error did not take.",
+        ))?;
+        registry.register(Box::new(dropped_lines.clone()))?;
         let started = gauge(
             "start_time_seconds",
             "When the metrics began, in seconds since 1970.",
@@ -44,6 +51,7 @@ impl Process {
             threads: gauge("threads", "Threads.")?,
             open_files: gauge("open_fds", "Open file descriptors.")?,
             max_files: gauge("max_fds", "Most file descriptors that may be open.")?,
+            dropped_lines,
         })
     }
 
@@ -62,6 +70,9 @@ impl Process {
                 gauge.set(float(value));
             }
         }
+        let dropped = logging::dropped();
+        self.dropped_lines
+            .inc_by(dropped.saturating_sub(self.dropped_lines.get()));
         if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
             let used = seconds(usage.user_time()) + seconds(usage.system_time());
             self.cpu.inc_by((used - self.cpu.get()).max(0.0));
