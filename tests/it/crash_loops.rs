@@ -150,7 +150,7 @@ fn several_messages_that_kill_their_process_harm_no_neighbour() {
     // others are in work beside it.
     const POISONS: u32 = 8;
     let world = World::new();
-    let slow = format!("select pg_sleep(0.01); {RECORD_EFFECT}");
+    let slow = format!("select pg_sleep(0.0025); {RECORD_EFFECT}");
     let orders = orders(3).set("batch_max", 4).sql(&slow);
     let config = world.config().consumer(orders);
     world.prepare(&config);

@@ -177,7 +177,7 @@ fn many_reloads_at_once_are_few_and_a_stop_in_the_middle_of_one_is_heeded() {
         let orders = Consumer::orders()
             .sql(
                 "insert into effect (message_id, body) select message_id, body from message; \
-                 select pg_sleep(0.2)",
+                 select pg_sleep(0.02)",
             )
             .set("batch_max", 10)
             .set("workers", workers);

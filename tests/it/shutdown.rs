@@ -33,11 +33,11 @@ fn assert_stops_at_once(mut daemon: Daemon, when: &str) {
 fn stops_in_mid_flow_on(signal: Signal, queue_type: &str) {
     const SENT: usize = 20_000;
     let world = World::new();
-    // A batch takes a while, so that the stop comes in the middle.
+    // Each message takes a while, so that the stop comes in the middle.
     let orders = Consumer::orders()
         .sql(
             "insert into effect (message_id, body) select message_id, body from message; \
-             select pg_sleep(0.05)",
+             select pg_sleep(0.001)",
         )
         .set("topology.queue_type", queue_type)
         .set("batch_max", 50)
