@@ -132,6 +132,9 @@ impl<'a> Fleet<'a> {
             consumer = consumer.name.as_str(), handler = handler.kind(), effect:% = handler.effect();
             "handles messages"
         );
+        if let checked::Handler::Sql(sql) = &consumer.handler {
+            log::info!(consumer = consumer.name.as_str(); "its script runs {}", sql.batch.how());
+        }
         let (stopper, stop) = stop::pair();
         let signs = super::show(&self.shown, &self.config, &consumer, &handler);
         let (name, consumer) = (consumer.name.clone(), Arc::new(consumer));

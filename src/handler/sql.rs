@@ -134,13 +134,7 @@ impl SqlHandler {
     /// How many statements there are, and how they run.
     #[must_use]
     pub fn plan(&self) -> (usize, &'static str) {
-        let how = match self.mode {
-            BatchMode::Each => {
-                "for one message after the other, in the order of the queue (batch = \"each\")"
-            }
-            BatchMode::Set => "once for all messages of a batch (batch = \"set\")",
-        };
-        (self.statements.len(), how)
+        (self.statements.len(), self.mode.how())
     }
 
     fn apply_set(&self, session: &mut Session, batch: &[Work<'_>]) -> Result<(), Error> {

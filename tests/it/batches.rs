@@ -4,6 +4,7 @@
 //! test's own.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
+mod grammar;
 mod scripts;
 
 use std::fmt::Write as _;

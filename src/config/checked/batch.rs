@@ -21,4 +21,15 @@ impl BatchMode {
             Self::Set => "set",
         }
     }
+
+    /// How each statement of the script runs, and why.
+    #[must_use]
+    pub fn how(self) -> &'static str {
+        match self {
+            Self::Each => {
+                "for one message after the other, in the order of the queue (batch = \"each\")"
+            }
+            Self::Set => "once for all messages of a batch (batch = \"set\")",
+        }
+    }
 }
