@@ -61,6 +61,9 @@ impl Handler {
     }
 }
 
+/// SQLSTATE `query_canceled`: most often, `statement_timeout`.
+pub const QUERY_CANCELED: &str = "57014";
+
 /// Applies messages through the session of the ledger's transaction, which it
 /// never ends itself.
 pub trait Transactional: Send {
@@ -110,10 +113,12 @@ pub trait Transactional: Send {
                     "ROLLBACK TO SAVEPOINT ackonce_check; RELEASE SAVEPOINT ackonce_message",
                 )?,
                 Err(Error::Refused(failure)) => {
+                    let was_canceled = failure.code.as_deref() == Some(QUERY_CANCELED);
                     faults.push((place, failure));
                     let undone = session.execute("ROLLBACK TO SAVEPOINT ackonce_message");
-                    // A handler that panicked has given the session up.
-                    if undone.is_err() || faults.len() >= most {
+                    // A handler that panicked has given the session up; and one
+                    // `statement_timeout` is enough for a transaction.
+                    if undone.is_err() || was_canceled || faults.len() >= most {
                         return Ok(faults);
                     }
                 }

@@ -10,6 +10,7 @@ use super::apply::{Stage, Tried};
 use super::contention::Turn;
 use super::item::Item;
 use crate::failure::{self, Class, Failure};
+use crate::handler::QUERY_CANCELED;
 use crate::lifecycle::Event;
 use crate::observe::metrics::RerunCause;
 use crate::postgres::Error;
@@ -27,9 +28,6 @@ pub(super) const RACES_ALONE_MAX: u32 = 20;
 
 /// Longest wait after a lost race, in microseconds, so that the winner is done.
 const RACE_WAIT_US: u64 = 20_000;
-
-/// SQLSTATE `query_canceled`: most often, `statement_timeout`.
-const CANCELED: &str = "57014";
 
 /// SQLSTATE `lock_not_available`: `lock_timeout`, or NOWAIT.
 const LOCKED: &str = "55P03";
@@ -57,7 +55,7 @@ impl Worker {
         if is_in_the_way(&failure) {
             return self.collide(items, &failure);
         }
-        if failure.code.as_deref() == Some(CANCELED) && !is_slow_itself(items, took) {
+        if failure.code.as_deref() == Some(QUERY_CANCELED) && !is_slow_itself(items, took) {
             let before = at.unwrap_or(items.len() / 2);
             self.shared.signs.meter.reran(RerunCause::Timeout);
             let most = (before / 2).max(1);

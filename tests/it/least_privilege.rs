@@ -366,6 +366,19 @@ fn a_missing_right_in_postgres_is_named_and_each_on_the_page_is_needed() {
 }
 
 #[test]
+fn a_role_that_may_make_nothing_temporary_is_told_what_to_grant() {
+    let stage = Stage::new();
+    let database = format!("database {}", stage.world.name());
+    let revoke = format!("revoke temporary on {database} from public");
+    stage.world.db.execute(&revoke);
+    let config = stage.config("daemon");
+    let check = stage.tool(&config, &["check"]).expect(NO_PERMISSION);
+    check.says(&["GRANT TEMPORARY ON DATABASE", "batch = \"set\""]);
+    stage.grant(&database, "temporary");
+    stage.tool(&config, &["check"]).expect(0);
+}
+
+#[test]
 fn a_right_that_goes_while_the_daemon_runs_pauses_it_and_costs_no_message() {
     let stage = Stage::new();
     let world = &stage.world;
