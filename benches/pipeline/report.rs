@@ -141,6 +141,16 @@ impl Report {
                 0.8,
             ),
             at_least(
+                "ten counters, 4 workers to 1",
+                script("ten-counters-4w", "ten-counters-1w"),
+                0.5,
+            ),
+            at_least(
+                "transfers, 4 workers to 1",
+                script("transfers-4w", "transfers-1w"),
+                0.5,
+            ),
+            at_least(
                 "upserts of one key to distinct",
                 script("upsert-one-key", "upsert-distinct"),
                 0.67,

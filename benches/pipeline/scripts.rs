@@ -13,8 +13,6 @@ use crate::stage::{QueueType, Stage};
 use crate::subject::{Kind, Script};
 use crate::throughput::BODY_BYTES;
 
-const KIND: Kind = Kind::Daemon { workers: 4 };
-
 const TABLES: &str = "CREATE TABLE counter (id int PRIMARY KEY, n bigint NOT NULL); \
      CREATE TABLE seen (key text PRIMARY KEY, n bigint NOT NULL)";
 const CLEAN: &str = "TRUNCATE counter, seen; \
@@ -22,19 +20,40 @@ const CLEAN: &str = "TRUNCATE counter, seen; \
 
 const UPSERTS: &str = "SELECT coalesce(sum(n), 0)::bigint FROM seen";
 
-/// Each script, with whether the network between is slow.
-const SCRIPTS: [(&str, Script, bool); 5] = [
-    ("insert", Script::INSERT, false),
-    ("insert-1ms", Script::INSERT, true),
+const COUNTED: &str = "SELECT sum(n)::bigint FROM counter";
+
+/// Two rows of twenty for each message, in any order: batches deadlock.
+const TRANSFERS: Script = Script {
+    sql: "UPDATE counter SET n = n + 1 FROM message \
+          WHERE counter.id = mod(abs(hashtext(message_id)), 20); \
+          UPDATE counter SET n = n + 1 FROM message \
+          WHERE counter.id = mod(abs(hashtext(message_id || 'to')), 20)",
+    applied: "SELECT (sum(n) / 2)::bigint FROM counter",
+};
+
+const TEN_COUNTERS: Script = Script {
+    sql: "UPDATE counter SET n = n + 1 FROM message \
+          WHERE counter.id = mod(abs(hashtext(message_id)), 10)",
+    applied: COUNTED,
+};
+
+/// Each script, with how many workers run it.
+const SCRIPTS: [(&str, Script, usize); 9] = [
+    ("insert", Script::INSERT, 4),
+    ("insert-1ms", Script::INSERT, 4),
     (
         "counter",
         Script {
             sql: "UPDATE counter SET n = n + 1 FROM message \
                   WHERE counter.id = mod(abs(hashtext(message_id)), 1000)",
-            applied: "SELECT sum(n)::bigint FROM counter",
+            applied: COUNTED,
         },
-        false,
+        4,
     ),
+    ("ten-counters-1w", TEN_COUNTERS, 1),
+    ("ten-counters-4w", TEN_COUNTERS, 4),
+    ("transfers-1w", TRANSFERS, 1),
+    ("transfers-4w", TRANSFERS, 4),
     (
         "upsert-distinct",
         Script {
@@ -42,7 +61,7 @@ const SCRIPTS: [(&str, Script, bool); 5] = [
                   ON CONFLICT (key) DO UPDATE SET n = seen.n + 1",
             applied: UPSERTS,
         },
-        false,
+        4,
     ),
     (
         "upsert-one-key",
@@ -51,7 +70,7 @@ const SCRIPTS: [(&str, Script, bool); 5] = [
                   ON CONFLICT (key) DO UPDATE SET n = seen.n + 1",
             applied: UPSERTS,
         },
-        false,
+        4,
     ),
 ];
 
@@ -60,7 +79,7 @@ pub fn run(stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
     let (mut database, url) = stage.database("scripts")?;
     database.execute(TABLES)?;
     for round in 0..plan.rounds {
-        for (name, script, is_far) in SCRIPTS {
+        for (name, script, workers) in SCRIPTS {
             let key = format!("scripts/{name}");
             plan.say(round, &key);
             stage.clean(&mut database)?;
@@ -72,12 +91,19 @@ pub fn run(stage: &mut Stage, plan: &Plan, report: &mut Report) -> Result<()> {
                 duplicates_percent: 0,
                 body_bytes: BODY_BYTES,
             })?;
+            let is_far = name.ends_with("-1ms");
             let far = is_far.then(|| Far::before(&url)).transpose()?;
             let url = far.as_ref().map_or(url.as_str(), Far::url);
             let mut settings = stage.settings(url, QueueType::Quorum);
             settings.script = script;
-            let drained = drain(stage, &mut database, &KIND, &settings, &load)
-                .with_context(|| format!("failed to measure {key}"))?;
+            let drained = drain(
+                stage,
+                &mut database,
+                &Kind::Daemon { workers },
+                &settings,
+                &load,
+            )
+            .with_context(|| format!("failed to measure {key}"))?;
             report.add(&key, "messages/s", drained.per_second);
         }
     }
