@@ -104,6 +104,8 @@ fn consumers<'a>(
     let mut config = world
         .config()
         .set("postgres.statement_timeout", "20s")
+        // A lock that does not come is an attempt, and here there is but one.
+        .set("postgres.lock_timeout", "18s")
         .set("postgres.idle_in_transaction_timeout", "20s");
     // A claim that a dead process left in Redis has its message overtaken.
     config = config.set("redis.enabled", false);
